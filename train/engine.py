@@ -1,0 +1,141 @@
+"""From a torch module to a DeepSpeed engine.
+
+DeepSpeed's JSON file chooses how state is partitioned and offloaded. Batch sizes, precision, optimizer and clipping are
+written once, in the YAML file, and put into DeepSpeed's configuration here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from train.config import AnyConfig
+from train.data.order import micro_batch_size
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """`auto` becomes bf16 where the processor computes in it, else fp16 on a GPU and fp32 on a CPU."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    # Without these instructions a CPU only imitates bf16, slower than fp32.
+    flags = set(Path("/proc/cpuinfo").read_text().split()) if os.path.exists("/proc/cpuinfo") else set()
+    return "bf16" if flags & {"avx512_bf16", "amx_bf16", "bf16"} else "fp32"
+
+
+def gradient_accumulation_steps(config: AnyConfig, world_size: int) -> int:
+    """Forward passes a rank makes for one optimizer step; an integer, which the data's start-up check has made sure of."""
+    micro = micro_batch_size(config, world_size)
+    assert config.train.global_batch_size % (micro * world_size) == 0
+    return config.train.global_batch_size // (micro * world_size)
+
+
+def zero_stage(config: AnyConfig) -> int:
+    return int(_deepspeed_file(config).get("zero_optimization", {}).get("stage", 0))
+
+
+def deepspeed_config(config: AnyConfig, world_size: int, precision: str) -> dict[str, Any]:
+    """The file `deepspeed.config` names, completed with what the YAML file decides."""
+    settings = _deepspeed_file(config)
+    optimizer = config.optimizer
+    parameters: dict[str, Any] = dict(lr=optimizer.lr, betas=list(optimizer.betas), eps=optimizer.eps)
+    offload = settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    if offload == "none":
+        # torch's AdamW, fused, needs no compiler; DeepSpeed's own would be built at the first start.
+        parameters |= dict(torch_adam=True, fused=True)
+    return settings | {
+        "train_batch_size": config.train.global_batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size(config, world_size),
+        "gradient_accumulation_steps": gradient_accumulation_steps(config, world_size),
+        "gradient_clipping": optimizer.grad_clip,
+        "optimizer": {"type": "AdamW", "params": parameters},
+        "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"enabled": precision == "fp16"},
+        "steps_per_print": 2**31,  # progress is the monitor's business
+    }
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; biases, norms and other 1-D parameters do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if _dimensions(p) > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if _dimensions(p) <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_engine(model: nn.Module, config: AnyConfig, world_size: int, precision: str) -> Any:
+    """`deepspeed.initialize`, with the process group already joined."""
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=parameter_groups(model, config.optimizer.weight_decay),
+        config=deepspeed_config(config, world_size, precision),
+        dist_init_required=False,
+    )
+    return engine
+
+
+def set_learning_rate(engine: Any, lr: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+def gradient_norm(engine: Any) -> float | None:
+    """The global norm before clipping, in float; None where DeepSpeed computes none (fp32 without ZeRO)."""
+    norm = engine.get_global_grad_norm()
+    return None if norm is None else float(norm)
+
+
+def full_state_dict(engine: Any, is_main: bool) -> dict[str, torch.Tensor]:
+    """The model's weights on the CPU, whole, on rank 0 ({} elsewhere). Every rank must call it.
+
+    Under ZeRO-3 the parameters are gathered one at a time, so that no GPU ever holds the whole model.
+    """
+    import deepspeed
+
+    weights: dict[str, torch.Tensor] = {}
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            if is_main:
+                weights[name] = parameter.detach().to("cpu", copy=True).contiguous()
+    if is_main:
+        persistent = engine.module.state_dict().keys()
+        buffers = {name: b for name, b in engine.module.named_buffers() if name in persistent}
+        weights |= {name: buffer.detach().to("cpu", copy=True).contiguous() for name, buffer in buffers.items()}
+    return weights
+
+
+def memory_by_stage(parameters: int, world_size: int, precision: str) -> dict[int, int]:
+    """Bytes a rank needs for weights, gradients and AdamW's state at each ZeRO stage (arXiv:1910.02054, section 3.1).
+
+    Half precision: 2 bytes of weight and 2 of gradient a parameter, and 12 of float32 weight and moments. fp32: 4, 4 and
+    8. Activations, buffers of the communication and the allocator's slack come on top.
+    """
+    weight, gradient, state = (4, 4, 8) if precision == "fp32" else (2, 2, 12)
+
+    def share(n_bytes: int, partitioned: bool) -> int:
+        return math.ceil(parameters * n_bytes / (world_size if partitioned else 1))
+
+    return {stage: share(state, stage >= 1) + share(gradient, stage >= 2) + share(weight, stage >= 3) for stage in range(4)}
+
+
+def _deepspeed_file(config: AnyConfig) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads(Path(config.deepspeed.config).read_text())
+    return settings
+
+
+def _dimensions(parameter: nn.Parameter) -> int:
+    """Of the whole parameter: ZeRO-3 leaves an empty 1-D stub in place of each."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))

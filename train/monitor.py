@@ -1,0 +1,159 @@
+"""What a run tells people: metrics.jsonl, TensorBoard, a progress bar on a terminal or plain lines in a log.
+
+Only the main rank has a `Monitor`. Nothing here opens a network port: `tensorboard --logdir runs` is the user's to start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+
+@dataclass
+class StepRecord:
+    """One optimizer step, as measured."""
+
+    step: int  # from 1
+    samples: int  # n of the data order after the step
+    loss: float  # mean over the targets of the global batch
+    batch_hash: str  # of the sample ids over all ranks, in no order
+    learning_rate: float
+    gradient_norm: float | None
+    units: int  # tokens or images of the global batch
+    seconds: dict[str, float] = field(default_factory=dict)  # data, forward, backward, optimizer
+    loss_scale: float | None = None  # fp16 only
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+
+class Monitor:
+    """Writes into `run_dir`, starting after `step` (0 for a new run): what was written past it is cut off."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        step: int,
+        total_steps: int,
+        unit: str,
+        every_steps: int,
+        flops_per_unit: tuple[float, float],
+        config_yaml: str,
+    ) -> None:
+        # The import takes a second, which only this rank needs to spend.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._every = every_steps
+        self._unit = unit
+        self._flops = flops_per_unit
+        self._metrics = _continue_lines(run_dir / "metrics.jsonl", step)
+        self._validation = _continue_lines(run_dir / "validation.jsonl", step)
+        self._log = open(run_dir / "log.txt", "a", buffering=1)
+        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+        # TensorBoard renders Markdown: four leading spaces keep the YAML as it is.
+        self.board.add_text("config", "\n".join("    " + line for line in config_yaml.splitlines()), step)
+        self._on_terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total_steps, initial=step, unit="step", dynamic_ncols=True, disable=not self._on_terminal, smoothing=0.1
+        )
+        self._total_steps = total_steps
+        self._recent: list[StepRecord] = []
+
+    def say(self, line: str) -> None:
+        """A line for the person watching and for log.txt; never breaks the progress bar."""
+        self._log.write(line + "\n")
+        tqdm.write(line, file=sys.stderr)
+
+    def step(self, record: StepRecord) -> None:
+        """Records one step: always in metrics.jsonl, every `monitor.every_steps` in TensorBoard and the log."""
+        line = dict(step=record.step, samples=record.samples, loss=record.loss, batch_hash=record.batch_hash)
+        self._metrics.write(json.dumps(line) + "\n")
+        self._recent.append(record)
+        rate = record.units / record.total_seconds
+        self._bar.set_postfix_str(f"loss {record.loss:.3f}, {rate:,.0f} {self._unit}/s", refresh=False)
+        self._bar.update()
+        if record.step % self._every == 0 or record.step == self._total_steps:
+            self._summarise()
+
+    def _summarise(self) -> None:
+        """TensorBoard points and one line of text from the steps since the last ones."""
+        records, last = self._recent, self._recent[-1]
+        self._recent = []
+        seconds = sum(r.total_seconds for r in records)
+        rate = sum(r.units for r in records) / seconds
+        loss = sum(r.loss for r in records) / len(records)
+        model_flops, hardware_flops = self._flops
+        scalars = {
+            "train/loss": loss,
+            "train/learning_rate": last.learning_rate,
+            "train/gradient_norm": last.gradient_norm,
+            "train/loss_scale": last.loss_scale,
+            f"speed/{self._unit}_per_second": rate,
+            "speed/step_seconds": seconds / len(records),
+            "speed/data_wait_percent": 100 * sum(r.seconds["data"] for r in records) / seconds,
+            "speed/model_teraflops": rate * model_flops / 1e12,
+            "speed/hardware_teraflops": rate * hardware_flops / 1e12,
+            "memory/host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        }
+        for part in last.seconds:
+            scalars[f"step_time/{part}_seconds"] = sum(r.seconds[part] for r in records) / len(records)
+        if torch.cuda.is_available():
+            scalars["memory/gpu_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self.scalars({tag: value for tag, value in scalars.items() if value is not None}, last.step)
+        text = (
+            f"step {last.step}/{self._total_steps}  loss {loss:.4f}  lr {last.learning_rate:.2e}  "
+            f"{rate:,.0f} {self._unit}/s  {seconds / len(records):.2f} s/step"
+        )
+        self._log.write(text + "\n")
+        if not self._on_terminal:
+            print(text, file=sys.stderr, flush=True)
+
+    def validation(self, step: int, metrics: dict[str, float]) -> None:
+        """Metrics over the whole validation set, under their own names."""
+        self._validation.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.scalars({f"validation/{name}": value for name, value in metrics.items()}, step)
+        self.say(f"step {step}/{self._total_steps}  validation  " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+
+    def example(self, title: str, example: str | Tensor, step: int) -> None:
+        """Text, or an image (3, h, w), for TensorBoard."""
+        if isinstance(example, str):
+            self.board.add_text(title, example, step)
+        else:
+            self.board.add_image(title, example, step)
+
+    def scalars(self, values: dict[str, Any], step: int) -> None:
+        for tag, value in values.items():
+            self.board.add_scalar(tag, value, step)
+        self.board.flush()
+
+    def close(self) -> None:
+        self._bar.close()
+        self.board.close()
+        for file in (self._metrics, self._validation, self._log):
+            file.close()
+
+
+def _continue_lines(path: Path, step: int) -> TextIO:
+    """Opens a file of JSON lines for appending, with the lines past `step` cut off (and a torn last one)."""
+    kept = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError):
+                break  # the process was killed in the middle of this line
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, path)
+    return open(path, "a", buffering=1)

@@ -1,0 +1,89 @@
+"""`--dry-run`: what a run would be, and one batch through its model in this process, without training anything."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from train.config import AnyConfig, to_yaml
+from train.data.loader import build_data
+from train.data.order import check_world_size, micro_batch_size
+from train.engine import (
+    DTYPES,
+    gradient_accumulation_steps,
+    memory_by_stage,
+    resolve_precision,
+    zero_stage,
+)
+from train.run_directory import EXIT_FINISHED
+from train.tasks import Batch, Task, build_task, targets
+
+
+def dry_run(config: AnyConfig) -> int:
+    """Prints the resolved config and the plan for `train.planned_world_size` ranks (or the launcher's, if it has more).
+
+    The batch is the first real one where the data set is here, random otherwise. Raises ValueError as training would.
+    """
+    world_size = max(config.train.planned_world_size, int(os.environ.get("WORLD_SIZE", 1)))
+    check_world_size(config, world_size)
+    if os.environ.get("RANK", "0") != "0":
+        return EXIT_FINISHED
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = resolve_precision(config.train.precision, device)
+    data, absence = _data_if_there(config, world_size)
+    task = build_task(config, data.tokenizer_path if data else None, device)
+    torch.manual_seed(config.train.seed)
+    model = task.build_model()
+
+    print(to_yaml(config))
+    print(_plan(config, task, model, world_size, precision), flush=True)
+    samples = micro_batch_size(config, world_size)
+    if data:
+        batch, source = next(data.train_batches(first_n=0)), f"the first {samples} samples of {config.data.train}"
+    else:
+        batch, source = task.placeholder_batch(samples), f"{samples} random samples, as {absence}"
+    print(f"one batch: {source}", flush=True)
+    print(_try_batch(task, model.to(device, DTYPES[precision]), batch, device), flush=True)
+    return EXIT_FINISHED
+
+
+def _data_if_there(config: AnyConfig, world_size: int) -> tuple[Any, str]:
+    """The data set, or None and why not. A folder that exists but is unusable is an error, as in training."""
+    if "://" not in config.data.train and not os.path.exists(config.data.train):
+        return None, f"data.train={config.data.train} is not there"
+    return build_data(config, 0, world_size), ""
+
+
+def _plan(config: AnyConfig, task: Task, model: nn.Module, world_size: int, precision: str) -> str:
+    parameters = sum(p.numel() for p in model.parameters())
+    step_units = config.train.global_batch_size * task.units_per_sample
+    model_flops, hardware_flops = task.flops_per_unit()
+    own_stage = zero_stage(config)
+    lines = [
+        f"ranks                     {world_size}",
+        f"precision                 {precision}",
+        f"parameters                {parameters:,}",
+        f"{task.unit} a step".ljust(26) + f"{step_units:,}",
+        f"{task.unit} in all".ljust(26) + f"{step_units * config.train.steps:,}",
+        f"samples a forward pass    {micro_batch_size(config, world_size)}",
+        f"gradient accumulation     {gradient_accumulation_steps(config, world_size)}",
+        f"FLOPs a step, model       {model_flops * step_units:.3e}",
+        f"FLOPs a step, hardware    {hardware_flops * step_units:.3e}",
+        "memory a rank for weights, gradients and optimizer (activations come on top):",
+    ]
+    for stage, n_bytes in memory_by_stage(parameters, world_size, precision).items():
+        lines.append(f"  ZeRO-{stage}  {n_bytes / 2**30:8.2f} GiB{'  <- this config' if stage == own_stage else ''}")
+    return "\n".join(lines)
+
+
+def _try_batch(task: Task, model: nn.Module, batch: Batch, device: torch.device) -> str:
+    batch = {name: value.to(device) for name, value in batch.items()}
+    start = time.perf_counter()
+    loss = task.loss_sum(model, batch, first_sample=0) / max(1, targets(batch, task.units_per_sample))
+    loss.backward()
+    value = loss.item()
+    return f"loss {value:.4f}, forward and backward {time.perf_counter() - start:.2f} s on {device.type}: the config works"

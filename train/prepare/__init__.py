@@ -1,0 +1,1 @@
+"""Making data sets: tokeniser, packed rows, shards of images, and their verification."""

@@ -1,0 +1,159 @@
+"""Config → data, model, engine → trained: the run from its first check to its last checkpoint, top to bottom."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train import distributed
+from train.agreement import check_agreement
+from train.checkpoint import Checkpoints, State
+from train.config import AnyConfig, to_yaml
+from train.data.loader import build_data
+from train.data.order import check_world_size
+from train.distributed import Ranks
+from train.engine import build_engine, resolve_precision
+from train.loop import Outcome, Trainer
+from train.monitor import Monitor
+from train.resume import check_same_run
+from train.run_directory import EXIT_FINISHED, EXIT_STOPPED, RunDirectory, checkpoint_steps, newest_checkpoint
+from train.signals import StopRequest
+from train.tasks import Task, build_task
+from train.weights import load_weights
+
+
+def run(config: AnyConfig, process_start: float) -> int:
+    """Trains the run to its end (or to where it is told to stop) and returns the process's exit code.
+
+    Raises:
+        ValueError: the config, data, run directory or checkpoints can't be used; the same message on all ranks.
+        CheckpointError, TrainingError: something failed on the way.
+    """
+    stop = StopRequest()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    ranks = distributed.start()
+    directory = RunDirectory(config.run.dir)
+    with ranks.fail_together():
+        check_world_size(config, ranks.world_size)
+        if ranks.is_main:
+            directory.open()
+    last_step = min(config.train.stop_at_step or config.train.steps, config.train.steps)
+    if ranks.broadcast(_is_done(config, last_step)):
+        if ranks.is_main:
+            print(_done_message(config, last_step), flush=True)
+        return EXIT_FINISHED
+    with ranks.fail_together():
+        data = build_data(config, ranks.rank, ranks.world_size)
+        changes = _compare_with_newest(config, data.digest)
+    check_agreement(ranks, config, data.digest)
+
+    checkpoints = Checkpoints(config.run.dir, ranks, config.checkpoint.keep)
+    if ranks.is_main:
+        checkpoints.remove_partial()
+        (directory.path / "config.yaml").write_text(to_yaml(config))
+        directory.write_status("running")
+    task = build_task(config, data.tokenizer_path, ranks.device)
+    precision = resolve_precision(config.train.precision, ranks.device)
+    engine, state = _build_engine(config, ranks, task, checkpoints, precision)
+    step = state.step if state else 0
+    monitor = None
+    if ranks.is_main:
+        monitor = Monitor(
+            directory.path,
+            step,
+            config.train.steps,
+            task.unit,
+            config.monitor.every_steps,
+            task.flops_per_unit(),
+            to_yaml(config),
+        )
+        _announce(monitor, config, ranks, engine, precision, step, changes, time.time() - process_start)
+
+    trainer = Trainer(config, ranks, task, data, engine, checkpoints, monitor, stop)
+    try:
+        outcome = trainer.run(step + 1, last_step)
+    except BaseException as error:
+        if ranks.is_main:
+            directory.write_status("failed", reason=str(error) or type(error).__name__)
+        raise
+    finally:
+        if monitor:
+            monitor.close()
+    return _finish(outcome, config, ranks, directory)
+
+
+def _build_engine(
+    config: AnyConfig, ranks: Ranks, task: Task, checkpoints: Checkpoints, precision: str
+) -> tuple[Any, State | None]:
+    """The engine, with the newest checkpoint's state, or with fresh weights that are the same on every rank."""
+    torch.manual_seed(config.train.seed)
+    model = task.build_model()
+    if config.model.init_from:
+        with ranks.fail_together():
+            load_weights(model, config.model.init_from)
+    engine = build_engine(model, config, ranks.world_size, precision)
+    # From here on the ranks draw different numbers (dropout).
+    torch.manual_seed(config.train.seed * 1_000_003 + ranks.rank)
+    return engine, checkpoints.load_newest(engine, ranks.world_size)
+
+
+def _is_done(config: AnyConfig, last_step: int) -> bool:
+    return (checkpoint_steps(Path(config.run.dir) / "checkpoints") or [0])[-1] >= last_step
+
+
+def _done_message(config: AnyConfig, last_step: int) -> str:
+    if last_step < config.train.steps:
+        return f"{config.run.dir} has reached train.stop_at_step={last_step} already; raise or leave out train.stop_at_step to go on"
+    return (
+        f"{config.run.dir} is trained already: all {last_step} steps. To train further raise train.steps; "
+        f"to train anew give another run.dir or remove {config.run.dir}"
+    )
+
+
+def _compare_with_newest(config: AnyConfig, data_digest: str) -> list[str]:
+    """Refuses, before the model is built, to continue another run; a damaged checkpoint is dealt with at loading."""
+    if not checkpoint_steps(Path(config.run.dir) / "checkpoints"):
+        return []
+    try:
+        state = State.read(newest_checkpoint(config.run.dir))
+    except (OSError, ValueError, TypeError):
+        return []
+    return check_same_run(state, config, data_digest)
+
+
+def _announce(
+    monitor: Monitor,
+    config: AnyConfig,
+    ranks: Ranks,
+    engine: Any,
+    precision: str,
+    step: int,
+    changes: list[str],
+    seconds: float,
+) -> None:
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+    place = f"{ranks.world_size} x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else f"{ranks.world_size} CPU ranks"
+    monitor.say(
+        f"{parameters / 1e6:.2f}M parameters, {place}, ZeRO-{engine.zero_optimization_stage()}, {precision}, "
+        f"run directory {config.run.dir}"
+    )
+    for change in changes:
+        monitor.say(f"warning: {change}")
+    monitor.say(f"{'continuing after' if step else 'starting before'} step {step or 1} ({seconds:.1f} s since launch)")
+
+
+def _finish(outcome: Outcome, config: AnyConfig, ranks: Ranks, directory: RunDirectory) -> int:
+    if not ranks.is_main:
+        return EXIT_STOPPED if outcome.stopped_by else EXIT_FINISHED
+    if outcome.stopped_by:
+        directory.write_status("stopped", step=outcome.step, reason=outcome.stopped_by)
+        print(f"stopped by {outcome.stopped_by} after step {outcome.step}; start the same command again to continue", flush=True)
+        return EXIT_STOPPED
+    state = "finished" if outcome.step == config.train.steps else "stopped"
+    directory.write_status(state, step=outcome.step, reason="train.steps" if state == "finished" else "train.stop_at_step")
+    print(f"reached step {outcome.step} of {config.train.steps}; results in {config.run.dir}", flush=True)
+    return EXIT_FINISHED

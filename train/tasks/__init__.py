@@ -1,0 +1,61 @@
+"""What differs between language and vision, and only that: a `Task` each. The training loop knows no more than this."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from train.config import AnyConfig, LanguageConfig, VisionConfig
+
+Batch = dict[str, Tensor]
+
+
+class Task(Protocol):
+    """A kind of model with its loss and its measures. Sums, never means, so that ranks and batches add up exactly."""
+
+    unit: str  # what throughput counts: "tokens" or "images"
+    units_per_sample: int
+
+    def build_model(self) -> nn.Module:
+        """The model with fresh weights from torch's global generator."""
+
+    def flops_per_unit(self) -> tuple[float, float]:
+        """(model, hardware) FLOPs of forward and backward for one token or image."""
+
+    def loss_sum(self, model: Any, batch: Batch, first_sample: int) -> Tensor:
+        """Differentiable float32 scalar: the loss summed over the batch's targets, skipped samples weighing 0.
+
+        `first_sample` is the number n of the data order at which the global batch starts; randomness may draw from it.
+        """
+
+    def validation_sums(self, model: Any, batch: Batch) -> Tensor:
+        """float64 (k,): sums over the batch that `validation_metrics` turns into metrics."""
+
+    def validation_metrics(self, sums: Tensor) -> dict[str, float]:
+        """Metrics by name from the sums over all batches and ranks."""
+
+    def example(self, model: Any, batch: Batch) -> tuple[str, str | Tensor] | None:
+        """A title and what to show under it: text (Markdown), or an image (3, h, w) of floats in [0, 1]."""
+
+    def placeholder_batch(self, samples: int) -> Batch:
+        """A random batch of the right shape, for a dry run without the data."""
+
+
+def targets(batch: Batch, units_per_sample: int) -> int:
+    """Targets of a batch that count: tokens or images of the samples that were not skipped."""
+    return int(batch["weights"].sum().item()) * units_per_sample
+
+
+def build_task(config: AnyConfig, tokenizer_path: Path | None, device: torch.device) -> Task:
+    """The task that `config.task` names. `tokenizer_path` is the data set's, None where it is not at hand."""
+    if isinstance(config, LanguageConfig):
+        from train.tasks.language import LanguageTask
+
+        return LanguageTask(config, tokenizer_path, device)
+    assert isinstance(config, VisionConfig)
+    from train.tasks.vision import VisionTask
+
+    return VisionTask(config, device)
