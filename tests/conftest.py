@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,26 +104,23 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
     """Starts `launcher CONFIG key=value...` with two ranks; jobs still running at the end of the test are killed."""
     jobs: list[Job] = []
 
-    def start(config: str, run_dir: Path, *overrides: str, launcher: str = "deepspeed", ranks: int = 2) -> Job:
+    def start(config: str, run_dir: Path, *overrides: str, launcher: str = "deepspeed", port: str | None = None) -> Job:
         commands = {
-            "deepspeed": ["deepspeed", "--num_accelerators", str(ranks), "--master_port", "0", "--module", "train"],
-            "torchrun": ["torchrun", "--standalone", "--nproc-per-node", str(ranks), "-m", "train"],
+            "deepspeed": ["deepspeed", "--num_accelerators=2", f"--master_port={port or free_port()}", "--module", "train"],
+            "torchrun": ["torchrun", "--standalone", "--nproc-per-node=2", "-m", "train"],
             "local.sh": ["launch/local.sh"],
             "python": [sys.executable, "-m", "train"],
         }
-        command = commands[launcher]
-        if launcher == "deepspeed":
-            command[4] = str(free_port())
         environment = os.environ | {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "OMP_NUM_THREADS": "1",
-            "RANKS": str(ranks),
+            "RANKS": "2",
             "PYTHONPATH": str(REPOSITORY),
         }
         log = tmp_path / f"output_{len(jobs)}.txt"
         with open(log, "w") as output:
             process = subprocess.Popen(
-                [*command, config, f"run.dir={run_dir}", *overrides],
+                [*commands[launcher], config, f"run.dir={run_dir}", *overrides],
                 cwd=REPOSITORY,
                 env=environment,
                 stdout=output,
@@ -173,3 +171,21 @@ def run_distributed() -> Callable[..., None]:
         multiprocessing.spawn(_run_rank, (function, world_size, free_port(), arguments), nprocs=world_size)
 
     return run
+
+
+@contextmanager
+def _mounted(path: Path, options: str) -> Iterator[None]:
+    """A file system in memory at `path`, with `mount -o options`."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a file system needs root")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+@pytest.fixture
+def mounted() -> Callable[[Path, str], AbstractContextManager[None]]:
+    """`with mounted(path, "size=1M"): ...` for real full disks and read-only mounts; needs root."""
+    return _mounted

@@ -27,7 +27,7 @@ def check_agreement(ranks: Ranks, config: AnyConfig, data_digest: str) -> None:
         probe.touch()
     ranks.barrier()
     mine = {
-        f"the run directory ({run_dir} must be on a file system that all hosts share)": str(probe.exists()),
+        "the run directory (run.dir must lie on a file system that all hosts share)": str(probe.exists()),
         "the data set's manifest (data.train and data.validation)": data_digest,
         "the code (another version of train or twicing_core is installed)": code_digest(),
         "the config (file or overrides)": hashlib.sha256(to_yaml(config).encode()).hexdigest(),

@@ -6,10 +6,6 @@ j with any number of workers. Everything is a function of the sample number: the
 
 from __future__ import annotations
 
-import atexit
-import ctypes
-import multiprocessing
-import os
 import os
 import signal
 import threading
@@ -49,15 +45,6 @@ class MicroBatches(IterableDataset):
             except BadSampleError as error:  # handed over as it is: raised here it would arrive wrapped in a traceback
                 yield error
             j += stride
-
-
-# Memory that workers share with the main process: whether that is exiting.
-_main_exits = multiprocessing.RawValue(ctypes.c_bool, False)
-
-
-@atexit.register
-def _tell_workers() -> None:
-    _main_exits.value = True
 
 
 def _end_only_for_parent(worker: int) -> None:

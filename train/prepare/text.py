@@ -62,6 +62,8 @@ def prepare_text(settings: TextSettings, out: Path, processes: int) -> None:
     for path in settings.inputs:
         if not path.is_file() or path.stat().st_size == 0:
             raise ValueError(f"--input {path} {'is empty' if path.is_file() else 'is not a file'}")
+    if settings.tokenizer:
+        load_tokenizer(settings.tokenizer)  # raises if it does not serve
     output = Output(out, _as_json(settings))
     if output.complete:
         print(f"{out} is complete: nothing to do")
@@ -89,7 +91,6 @@ def _as_json(settings: TextSettings) -> dict[str, Any]:
 
 def _make_tokenizer(settings: TextSettings, model: Path) -> None:
     if settings.tokenizer:
-        load_tokenizer(settings.tokenizer)  # raises if it does not serve
         shutil.copyfile(settings.tokenizer, model)
         return
     print(f"training a {settings.tokenizer_type} tokeniser of {settings.vocab_size:,} pieces")

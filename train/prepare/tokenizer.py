@@ -46,7 +46,7 @@ def train_tokenizer(documents: Iterable[str], path: Path, kind: str, vocab_size:
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        reason = str(error).strip().splitlines()[-1]
+        reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]  # after the place in its source
         raise ValueError(f"--vocab-size {vocab_size} with --tokenizer-type {kind} can't be trained: {reason}") from None
     partial = path.with_suffix(".partial")
     partial.write_bytes(model.getvalue())

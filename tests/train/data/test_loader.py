@@ -211,7 +211,8 @@ def test_workers_outlive_signals_to_the_group_while_the_trainer_goes_on(vision_c
     vision_config.data.workers = 2
     go_on = "signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
     use = "[next(batches) for _ in range(50)]; print('went on', flush=True)\n"
-    trainer, workers = start_trainer(vision_config, tmp_path, go_on + "print('ready', flush=True); time.sleep(2)\n" + use)
+    end = go_on + "print('ready', flush=True); time.sleep(2)\n" + use
+    trainer, workers = start_trainer(vision_config, tmp_path, end)
     assert trainer.stdout is not None and trainer.stdout.readline() == "ready\n"
     os.killpg(trainer.pid, signal_number)
     assert trainer.stdout.readline() == "went on\n"

@@ -28,7 +28,7 @@ def epoch_ids(order: DataOrder, epoch: int) -> np.ndarray:
 def test_an_epoch_has_every_sample_at_most_once_and_all_but_t_mod_l(order, epoch):
     ids = epoch_ids(order, epoch)
     assert len(np.unique(ids)) == len(ids) == order.samples - order.samples % order.lanes
-    assert 0 <= ids.min() and ids.max() < order.samples
+    assert ids.min() >= 0 and ids.max() < order.samples
 
 
 def test_the_samples_left_out_differ_between_epochs():

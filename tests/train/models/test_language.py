@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from train.config import LanguageModelConfig
 from train.models.language import LanguageModel
+from train.models.layers import sinusoidal_positions
 
 VOCAB, LENGTH = 40, 24
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -159,6 +160,21 @@ def test_initial_weights_are_those_of_gpt2() -> None:
             assert parameter.std().item() == pytest.approx(expected, rel=0.05), name
 
 
+@pytest.mark.parametrize("positions", ["rope", "learned", "sinusoidal"])
+def test_what_enters_the_first_block(positions: str) -> None:
+    model = make_model(positions=positions)
+    for block in model.blocks:  # which then change nothing
+        block.attention.proj.weight.data.zero_()
+        block.feed_forward.down.weight.data.zero_()
+    inputs, _ = make_tokens()
+    entering = model.embedding(inputs)
+    if positions == "learned":
+        entering = entering + model.positions.weight
+    elif positions == "sinusoidal":
+        entering = entering * 32**0.5 + sinusoidal_positions(LENGTH, 32, torch.device("cpu"))
+    torch.testing.assert_close(model(inputs), model.norm(entering) @ model.embedding.weight.T)
+
+
 def test_the_first_loss_is_that_of_guessing() -> None:
     inputs, targets = make_tokens(rows=8)
     assert make_model()(inputs, targets).mean().item() == pytest.approx(torch.tensor(VOCAB).log().item(), abs=0.1)
@@ -195,6 +211,7 @@ def test_casting_to_bfloat16_costs_rotary_positions_no_precision() -> None:
     inputs = torch.arange(4096).remainder(VOCAB)[None]
     exact = make_model(**sizes)
     cast = make_model(**sizes).bfloat16()
+    assert list(cast.buffers()) == []  # or they would be cast
     for model in (exact, cast):  # sharp attention, so that positions matter
         model.blocks[0].attention.qkv.weight.data.mul_(20)
         model.blocks[0].attention.proj.weight.data.mul_(20)

@@ -1,0 +1,144 @@
+"""Both quick starts through real launchers: stopped at any point they continue bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+pytestmark = pytest.mark.slow
+
+REPOSITORY = Path(__file__).parents[2]
+LANGUAGE = "configs/language/quickstart.yaml"
+VISION = "configs/vision/quickstart.yaml"
+SHORT = ["train.steps=8", "checkpoint.every_steps=3", "evaluate.every_steps=0", "monitor.every_steps=1", "schedule.warmup_steps=2"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, wikipedia, fashion_mnist):
+    """`metrics.jsonl` of eight steps without a stop, for each config; made once."""
+    made: dict[str, list[dict]] = {}
+
+    def run(config: str, launch) -> list[dict]:
+        if config not in made:
+            job = launch(config, tmp_path_factory.mktemp("uninterrupted"), *SHORT)
+            assert job.wait() == 0, job.output
+            made[config] = job.metrics()
+        return made[config]
+
+    return run
+
+
+@pytest.mark.parametrize("config", [LANGUAGE, VISION], ids=["language", "vision"])
+def test_stop_at_step_continues_bit_equal(launch, uninterrupted, tmp_path, config):
+    expected = uninterrupted(config, launch)
+    assert [line["step"] for line in expected] == list(range(1, 9))
+    assert len({line["batch_hash"] for line in expected}) == 8
+
+    first = launch(config, tmp_path, *SHORT, "train.stop_at_step=5")
+    assert first.wait() == 0, first.output
+    assert first.metrics() == expected[:5]
+    assert "reached step 5 of 8" in first.output
+    again = launch(config, tmp_path, *SHORT)
+    assert again.wait() == 0, again.output
+    assert again.metrics() == expected
+
+
+@pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_to_the_launch_script_saves_and_continues_bit_equal(launch, uninterrupted, tmp_path, signal_name):
+    expected = uninterrupted(LANGUAGE, launch)
+    job = launch(LANGUAGE, tmp_path, *SHORT, launcher="local.sh")
+    job.wait_for_step(2)
+    job.process.send_signal(signal.Signals[signal_name])
+    assert job.wait() == 75, job.output
+    assert f"stopped by {signal_name}" in job.output and "Traceback" not in job.output
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("stopped", signal_name)
+    done = len(job.metrics())
+    assert 2 <= done < 8 and job.metrics() == expected[:done]
+    assert job.ranks() == []
+
+    again = launch(LANGUAGE, tmp_path, *SHORT, launcher="local.sh")
+    assert again.wait() == 0, again.output
+    assert f"continuing after step {done}" in again.output
+    assert again.metrics() == expected
+
+
+def test_ctrl_c_on_the_deepspeed_command(launch, uninterrupted, tmp_path):
+    """A terminal sends SIGINT to the whole process group: launcher, ranks and data workers at once."""
+    expected = uninterrupted(LANGUAGE, launch)
+    job = launch(LANGUAGE, tmp_path, *SHORT)
+    job.wait_for_step(2)
+    os.killpg(job.process.pid, signal.SIGINT)
+    assert job.wait() != 0
+    done = len(job.metrics())
+    assert 2 <= done < 8
+    again = launch(LANGUAGE, tmp_path, *SHORT)
+    assert again.wait() == 0, again.output
+    assert f"continuing after step {done}" in again.output
+    assert again.metrics() == expected
+
+
+def test_a_killed_rank_ends_the_job_and_costs_only_the_steps_since_the_checkpoint(launch, uninterrupted, tmp_path):
+    expected = uninterrupted(LANGUAGE, launch)
+    job = launch(LANGUAGE, tmp_path, *SHORT)
+    job.wait_for_step(4)
+    os.kill(max(job.ranks()), signal.SIGKILL)
+    assert job.wait(timeout=60) != 0
+    assert job.ranks() == []
+    again = launch(LANGUAGE, tmp_path, *SHORT)
+    assert again.wait() == 0, again.output
+    assert "continuing after step" in again.output
+    assert again.metrics() == expected
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 9))  # none twice
+
+
+def test_torchrun_trains_the_same_run(launch, uninterrupted, tmp_path):
+    expected = uninterrupted(LANGUAGE, launch)
+    job = launch(LANGUAGE, tmp_path, *SHORT, launcher="torchrun")
+    assert job.wait() == 0, job.output
+    assert job.metrics() == expected
+
+
+def test_one_process_without_a_launcher_sees_the_same_global_batches(launch, uninterrupted, tmp_path):
+    expected = uninterrupted(LANGUAGE, launch)
+    job = launch(LANGUAGE, tmp_path, *SHORT, launcher="python")
+    assert job.wait() == 0, job.output
+    assert [line["batch_hash"] for line in job.metrics()] == [line["batch_hash"] for line in expected]
+    for line, other in zip(job.metrics(), expected, strict=True):  # bf16 sums in another order
+        assert line["loss"] == pytest.approx(other["loss"], rel=2e-3)
+
+    finished = launch(LANGUAGE, tmp_path, *SHORT, launcher="python")
+    assert finished.wait() == 0
+    assert "is trained already" in finished.output and finished.metrics() == job.metrics()
+    _use_the_result(tmp_path)
+    _start_from_its_weights(launch, tmp_path)
+
+
+def _use_the_result(run_dir: Path) -> None:
+    def command(*arguments: str) -> str:
+        return subprocess.run(
+            [sys.executable, "-m", *arguments], cwd=REPOSITORY, check=True, capture_output=True, text=True
+        ).stdout
+
+    report = command("train.evaluate", str(run_dir), "--baselines")
+    assert all(word in report for word in ("this model", "bigram", "unigram", "perplexity"))
+    loss = float(report.split("this model")[1].split()[0])
+    recorded = json.loads((run_dir / "validation.jsonl").read_text().splitlines()[-1])
+    assert loss == pytest.approx(recorded["loss"], abs=2e-3)
+    text = command("train.generate", str(run_dir), "--prompt", "The history of", "--max-new-tokens", "5")
+    assert text.startswith("The history of") and len(text) > len("The history of\n\n")
+
+
+def _start_from_its_weights(launch, run_dir: Path) -> None:
+    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
+    job = launch(LANGUAGE, run_dir / "next", *SHORT, f"model.init_from={run_dir}", "train.stop_at_step=1", launcher="python")
+    assert job.wait() == 0, job.output
+    assert abs(job.metrics()[0]["loss"] - last) < 0.2  # not the 8.3 of fresh weights

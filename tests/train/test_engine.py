@@ -1,0 +1,54 @@
+"""What the YAML file and DeepSpeed's JSON become together."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from train.config import load_config
+from train.engine import deepspeed_config, memory_by_stage, parameter_groups, resolve_precision
+
+QUICKSTART = "configs/language/quickstart.yaml"
+
+
+def test_batch_sizes_multiply_out():
+    config = load_config(QUICKSTART, ["train.global_batch_size=48", "train.micro_batch_size=4"])
+    settings = deepspeed_config(config, world_size=3, precision="bf16")
+    assert settings["train_batch_size"] == 48
+    assert settings["train_micro_batch_size_per_gpu"] == 4
+    assert settings["gradient_accumulation_steps"] == 4
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_precision_is_set_once(precision):
+    settings = deepspeed_config(load_config(QUICKSTART), 2, precision)
+    assert (settings["bf16"]["enabled"], settings["fp16"]["enabled"]) == (precision == "bf16", precision == "fp16")
+
+
+def test_the_file_chooses_the_stage(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}))
+    settings = deepspeed_config(load_config(QUICKSTART, [f"deepspeed.config={path}"]), 2, "bf16")
+    assert settings["zero_optimization"]["stage"] == 1
+    assert "torch_adam" not in settings["optimizer"]["params"]  # offloading has DeepSpeed's own Adam
+
+
+def test_only_matrices_decay():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Embedding(5, 4))
+    decayed, plain = parameter_groups(model, weight_decay=0.1)
+    assert [p.ndim for p in decayed["params"]] == [2, 2] and decayed["weight_decay"] == 0.1
+    assert [p.ndim for p in plain["params"]] == [1, 1, 1] and plain["weight_decay"] == 0.0
+
+
+def test_memory_by_stage_is_the_papers():
+    # arXiv:1910.02054, figure 1: 7.5B parameters on 64 ranks need 120, 31.4, 16.6 and 1.9 GB.
+    gigabytes = {stage: round(n / 1e9, 1) for stage, n in memory_by_stage(7_500_000_000, 64, "bf16").items()}
+    assert gigabytes == {0: 120.0, 1: 31.4, 2: 16.6, 3: 1.9}
+
+
+def test_precision_that_was_asked_for_is_kept():
+    assert resolve_precision("fp32", torch.device("cpu")) == "fp32"
+    assert resolve_precision("auto", torch.device("cpu")) in ("bf16", "fp32")

@@ -1,0 +1,65 @@
+"""metrics.jsonl and TensorBoard, read back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from train.monitor import Monitor, StepRecord
+
+
+def _record(step: int, loss: float) -> StepRecord:
+    seconds = {"data": 0.1, "forward": 0.2, "backward": 0.3, "optimizer": 0.4}
+    return StepRecord(step, 8 * step, loss, f"{step:016x}", 1e-3, 0.5, 1000, seconds)
+
+
+def _train(run_dir: Path, first: int, last: int, offset: float = 0.0) -> None:
+    monitor = Monitor(run_dir, first - 1, 10, "tokens", 2, (1e6, 2e6), "task: language\n")
+    for step in range(first, last + 1):
+        monitor.step(_record(step, step + offset))
+    monitor.validation(last, {"loss": 3.0})
+    monitor.example("prompts", "> once upon a time", last)
+    monitor.example("images", torch.rand(3, 8, 8), last)
+    monitor.close()
+
+
+def _lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_step_is_one_line(tmp_path):
+    _train(tmp_path, 1, 3)
+    assert _lines(tmp_path / "metrics.jsonl") == [
+        {"step": n, "samples": 8 * n, "loss": float(n), "batch_hash": f"{n:016x}"} for n in (1, 2, 3)
+    ]
+    assert _lines(tmp_path / "validation.jsonl") == [{"step": 3, "loss": 3.0}]
+
+
+def test_resuming_cuts_what_lies_past_the_checkpoint(tmp_path):
+    _train(tmp_path, 1, 6)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')  # killed in the middle of a line
+    _train(tmp_path, 5, 6, offset=100.0)  # from a checkpoint of step 4
+    assert [(line["step"], line["loss"]) for line in _lines(tmp_path / "metrics.jsonl")] == [
+        (1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (5, 105.0), (6, 106.0),
+    ]  # fmt: skip
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(2, 1.5), (4, 3.5), (6, 105.5)]
+
+
+def test_tensorboard_has_what_a_person_looks_for(tmp_path):
+    _train(tmp_path, 1, 2)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    scalars = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
+    assert scalars["speed/tokens_per_second"] == 1000
+    assert round(scalars["speed/data_wait_percent"], 3) == 10
+    assert scalars["speed/model_teraflops"] == pytest.approx(1000 * 1e6 / 1e12)
+    assert {"train/learning_rate", "train/gradient_norm", "memory/host_peak_gib", "validation/loss"} <= scalars.keys()
+    assert {f"step_time/{part}_seconds" for part in ("data", "forward", "backward", "optimizer")} <= scalars.keys()
+    assert "train/loss_scale" not in scalars  # bf16 has none
+    assert events.Tags()["images"] == ["images"]
+    assert events.Tags()["tensors"] == ["config/text_summary", "prompts/text_summary"]
