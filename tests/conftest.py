@@ -79,7 +79,12 @@ class Job:
                 is_worker = b"--local_rank" in Path(f"/proc/{parent}/cmdline").read_bytes()
             except OSError:  # it ended meanwhile
                 continue
-            if f"run.dir={self.run_dir}".encode() in command and b"train" in command and b"-m" in command and not is_worker:
+            if (
+                f"run.dir={self.run_dir}".encode() in command
+                and b"train" in command
+                and b"-m" in command
+                and not is_worker
+            ):
                 found.append(int(entry.name))
         return found
 
@@ -106,7 +111,13 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
 
     def start(config: str, run_dir: Path, *overrides: str, launcher: str = "deepspeed", port: str | None = None) -> Job:
         commands = {
-            "deepspeed": ["deepspeed", "--num_accelerators=2", f"--master_port={port or free_port()}", "--module", "train"],
+            "deepspeed": [
+                "deepspeed",
+                "--num_accelerators=2",
+                f"--master_port={port or free_port()}",
+                "--module",
+                "train",
+            ],
             "torchrun": ["torchrun", "--standalone", "--nproc-per-node=2", "-m", "train"],
             "local.sh": ["launch/local.sh"],
             "python": [sys.executable, "-m", "train"],

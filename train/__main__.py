@@ -59,20 +59,21 @@ def _quieten_libraries() -> None:
 def _show_warnings_as_lines(is_main: bool) -> None:
     """A warning is one line for the person who started the run, not a line of source from every rank."""
 
-    def show(message: Warning | str, *context: object) -> None:
-        if is_main:
-            print(f"warning: {message}", file=sys.stderr, flush=True)
+    def as_line(message: Warning | str, *context: object) -> str:
+        return f"warning: {message}\n" if is_main else ""
 
-    warnings.showwarning = show
+    warnings.formatwarning = as_line  # type: ignore[assignment]
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m train", description="Train, or continue, the run that a config describes.")
+    parser = argparse.ArgumentParser(
+        prog="python -m train", description="Train, or continue, the run that a config describes."
+    )
     parser.add_argument("config", help="YAML file, such as configs/language/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and try one batch, without training")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the DeepSpeed launcher adds it
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 if __name__ == "__main__":

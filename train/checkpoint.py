@@ -180,7 +180,9 @@ class Checkpoints:
     def _set_aside(self, checkpoint: Path, problem: str) -> None:
         if self._ranks.is_main:
             aside = checkpoint.with_name(f"damaged_{checkpoint.name}")
-            print(f"warning: {checkpoint} is damaged ({problem}); kept as {aside.name}, trying the one before", flush=True)
+            print(
+                f"warning: {checkpoint} is damaged ({problem}); kept as {aside.name}, trying the one before", flush=True
+            )
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(checkpoint, aside)
         self._ranks.barrier()

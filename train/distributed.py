@@ -67,12 +67,12 @@ class Ranks:
         mine = None
         try:
             yield
-        except kinds or (ValueError, OSError) as error:
+        except kinds or (ValueError, OSError) as error:  # noqa: B030
             mine = str(error).strip().split("\n")[0] or type(error).__name__
-        errors = [(rank, error) for rank, error in enumerate(self.gather(mine)) if error is not None]
-        if errors:
-            rank, error = errors[0]
-            raise ValueError(error if rank == 0 else f"rank {rank}: {error}")
+        failures = [(rank, message) for rank, message in enumerate(self.gather(mine)) if message is not None]
+        if failures:
+            rank, message = failures[0]
+            raise ValueError(message if rank == 0 else f"rank {rank}: {message}")
 
 
 def start() -> Ranks:

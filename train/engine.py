@@ -128,7 +128,9 @@ def memory_by_stage(parameters: int, world_size: int, precision: str) -> dict[in
     def share(n_bytes: int, partitioned: bool) -> int:
         return math.ceil(parameters * n_bytes / (world_size if partitioned else 1))
 
-    return {stage: share(state, stage >= 1) + share(gradient, stage >= 2) + share(weight, stage >= 3) for stage in range(4)}
+    return {
+        stage: share(state, stage >= 1) + share(gradient, stage >= 2) + share(weight, stage >= 3) for stage in range(4)
+    }
 
 
 def _deepspeed_file(config: AnyConfig) -> dict[str, Any]:

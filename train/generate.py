@@ -9,12 +9,15 @@ import torch
 
 from train.config import LanguageConfig
 from train.evaluate.generation import generate
+from train.models.language import LanguageModel
 from train.tasks.language import load_tokenizer
 from train.trained import open_run, print_errors
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m train.generate", description="Continue a text with a trained language model.")
+    parser = argparse.ArgumentParser(
+        prog="python -m train.generate", description="Continue a text with a trained language model."
+    )
     parser.add_argument("run", help="run directory, such as runs/quickstart")
     parser.add_argument("--prompt", action="append", help="text to continue; may be given several times")
     parser.add_argument("--max-new-tokens", type=int, default=80)
@@ -26,6 +29,7 @@ def main() -> None:
     trained = open_run(options.run)
     if not isinstance(trained.config, LanguageConfig):
         raise ValueError(f"{options.run} is a {trained.config.task} run; only language models generate text")
+    assert isinstance(trained.model, LanguageModel) and trained.data.tokenizer_path
     tokenizer = load_tokenizer(trained.data.tokenizer_path)
     for prompt in options.prompt or trained.config.evaluate.prompts or ["The"]:
         with torch.no_grad():

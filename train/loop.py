@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from train import engine as engines
 from train.checkpoint import Checkpoints, State

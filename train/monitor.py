@@ -64,7 +64,12 @@ class Monitor:
         self.board.add_text("config", "\n".join("    " + line for line in config_yaml.splitlines()), step)
         self._on_terminal = sys.stderr.isatty()
         self._bar = tqdm(
-            total=total_steps, initial=step, unit="step", dynamic_ncols=True, disable=not self._on_terminal, smoothing=0.1
+            total=total_steps,
+            initial=step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not self._on_terminal,
+            smoothing=0.1,
         )
         self._total_steps = total_steps
         self._recent: list[StepRecord] = []
@@ -122,7 +127,9 @@ class Monitor:
         """Metrics over the whole validation set, under their own names."""
         self._validation.write(json.dumps({"step": step, **metrics}) + "\n")
         self.scalars({f"validation/{name}": value for name, value in metrics.items()}, step)
-        self.say(f"step {step}/{self._total_steps}  validation  " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+        self.say(
+            f"step {step}/{self._total_steps}  validation  " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items())
+        )
 
     def example(self, title: str, example: str | Tensor, step: int) -> None:
         """Text, or an image (3, h, w), for TensorBoard."""

@@ -86,4 +86,6 @@ def _try_batch(task: Task, model: nn.Module, batch: Batch, device: torch.device)
     loss = task.loss_sum(model, batch, first_sample=0) / max(1, targets(batch, task.units_per_sample))
     loss.backward()
     value = loss.item()
-    return f"loss {value:.4f}, forward and backward {time.perf_counter() - start:.2f} s on {device.type}: the config works"
+    return (
+        f"loss {value:.4f}, forward and backward {time.perf_counter() - start:.2f} s on {device.type}: the config works"
+    )

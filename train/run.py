@@ -136,7 +136,11 @@ def _announce(
     seconds: float,
 ) -> None:
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
-    place = f"{ranks.world_size} x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else f"{ranks.world_size} CPU ranks"
+    place = (
+        f"{ranks.world_size} x {torch.cuda.get_device_name()}"
+        if torch.cuda.is_available()
+        else f"{ranks.world_size} CPU ranks"
+    )
     monitor.say(
         f"{parameters / 1e6:.2f}M parameters, {place}, ZeRO-{engine.zero_optimization_stage()}, {precision}, "
         f"run directory {config.run.dir}"
@@ -151,9 +155,14 @@ def _finish(outcome: Outcome, config: AnyConfig, ranks: Ranks, directory: RunDir
         return EXIT_STOPPED if outcome.stopped_by else EXIT_FINISHED
     if outcome.stopped_by:
         directory.write_status("stopped", step=outcome.step, reason=outcome.stopped_by)
-        print(f"stopped by {outcome.stopped_by} after step {outcome.step}; start the same command again to continue", flush=True)
+        print(
+            f"stopped by {outcome.stopped_by} after step {outcome.step}; start the same command again to continue",
+            flush=True,
+        )
         return EXIT_STOPPED
     state = "finished" if outcome.step == config.train.steps else "stopped"
-    directory.write_status(state, step=outcome.step, reason="train.steps" if state == "finished" else "train.stop_at_step")
+    directory.write_status(
+        state, step=outcome.step, reason="train.steps" if state == "finished" else "train.stop_at_step"
+    )
     print(f"reached step {outcome.step} of {config.train.steps}; results in {config.run.dir}", flush=True)
     return EXIT_FINISHED

@@ -27,7 +27,9 @@ def load_weights(model: nn.Module, source: str | Path) -> None:
     own = model.state_dict()
     wrong = [name for name in own.keys() | weights.keys() if not _fits(own, weights, name)]
     if wrong:
-        raise ValueError(f"{path} holds another model: {', '.join(sorted(wrong)[:3])} and {len(wrong)} in all do not fit")
+        raise ValueError(
+            f"{path} holds another model: {', '.join(sorted(wrong)[:3])} and {len(wrong)} in all do not fit"
+        )
     model.load_state_dict(weights)
 
 

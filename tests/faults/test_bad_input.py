@@ -81,7 +81,10 @@ def test_an_empty_data_folder(launch, wikipedia, tmp_path):
 def test_another_tokenizer(launch, wikipedia, tmp_path):
     data = _copy(wikipedia, tmp_path / "data")
     (data / "tokenizer.model").write_bytes(b"another tokenizer")
-    _fails(launch(LANGUAGE, tmp_path / "run", f"data.train={data}/train", f"data.validation={data}/validation"), "tokenizer")
+    _fails(
+        launch(LANGUAGE, tmp_path / "run", f"data.train={data}/train", f"data.validation={data}/validation"),
+        "tokenizer",
+    )
 
 
 def test_two_runs_in_one_directory(launch, wikipedia, tmp_path):

@@ -17,7 +17,13 @@ pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parents[2]
 LANGUAGE = "configs/language/quickstart.yaml"
 VISION = "configs/vision/quickstart.yaml"
-SHORT = ["train.steps=8", "checkpoint.every_steps=3", "evaluate.every_steps=0", "monitor.every_steps=1", "schedule.warmup_steps=2"]
+SHORT = [
+    "train.steps=8",
+    "checkpoint.every_steps=3",
+    "evaluate.every_steps=0",
+    "monitor.every_steps=1",
+    "schedule.warmup_steps=2",
+]
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +145,8 @@ def _use_the_result(run_dir: Path) -> None:
 
 def _start_from_its_weights(launch, run_dir: Path) -> None:
     last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
-    job = launch(LANGUAGE, run_dir / "next", *SHORT, f"model.init_from={run_dir}", "train.stop_at_step=1", launcher="python")
+    job = launch(
+        LANGUAGE, run_dir / "next", *SHORT, f"model.init_from={run_dir}", "train.stop_at_step=1", launcher="python"
+    )
     assert job.wait() == 0, job.output
     assert abs(job.metrics()[0]["loss"] - last) < 0.2  # not the 8.3 of fresh weights

@@ -13,11 +13,15 @@ from train.trained import Trained, open_run, print_errors
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m train.evaluate", description="Validation metrics of a run, beside baselines.")
+    parser = argparse.ArgumentParser(
+        prog="python -m train.evaluate", description="Validation metrics of a run, beside baselines."
+    )
     parser.add_argument("run", help="run directory, such as runs/quickstart")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.validation=OTHER_DATA")
     parser.add_argument(
-        "--baselines", action="store_true", help="also fit n-gram models to the training tokens (needs memory for all of them)"
+        "--baselines",
+        action="store_true",
+        help="also fit n-gram models to the training tokens (needs memory for all of them)",
     )
     options = parser.parse_args()
 

@@ -137,7 +137,14 @@ def _pip_download(requirement: str, downloads: Path) -> Path:
 
 
 def _apt_download(package: str, downloads: Path) -> Path:
-    return _download(["apt-get", "download", package], f"{package}_*.deb", downloads)
+    command, pattern = ["apt-get", "download", package], f"{package}_*.deb"
+    try:
+        return _download(command, pattern, downloads)
+    except OSError:
+        if os.geteuid() != 0:
+            raise
+        _run(["apt-get", "update"])  # a fresh machine has no package lists yet
+        return _download(command, pattern, downloads)
 
 
 def _download(command: list[str], pattern: str, downloads: Path) -> Path:

@@ -49,7 +49,9 @@ class LanguageTask:
             return None
         tokenizer = load_tokenizer(self._tokenizer_path)
         texts = [
-            generate(model, tokenizer, prompt, max_new_tokens=60, temperature=0.8, top_k=40, seed=self._config.train.seed)
+            generate(
+                model, tokenizer, prompt, max_new_tokens=60, temperature=0.8, top_k=40, seed=self._config.train.seed
+            )
             for prompt in self._config.evaluate.prompts
         ]
         return "continued prompts", "\n\n".join(f"> {text}" for text in texts)
