@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml setup.py
 	@touch $@
 
 quickstart: install
-	python -m train.prepare text --source wikipedia-summaries --out data/wikipedia
+	python -m train.prepare text --source wikipedia-summaries --vocab-size 2048 --out data/wikipedia
 	launch/local.sh configs/language/quickstart.yaml
 	@launch/show_result.sh runs/quickstart quickstart-vision
 

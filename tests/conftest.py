@@ -33,7 +33,7 @@ def _prepare(arguments: list[str], out: Path) -> Path:
 @pytest.fixture(scope="session")
 def wikipedia() -> Path:
     """The data set of the language quick start."""
-    return _prepare(["text", "--source", "wikipedia-summaries"], REPOSITORY / "data" / "wikipedia")
+    return _prepare(["text", "--source", "wikipedia-summaries", "--vocab-size", "2048"], REPOSITORY / "data" / "wikipedia")
 
 
 @pytest.fixture(scope="session")

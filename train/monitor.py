@@ -59,7 +59,7 @@ class Monitor:
         self._metrics = _continue_lines(run_dir / "metrics.jsonl", step)
         self._validation = _continue_lines(run_dir / "validation.jsonl", step)
         self._log = open(run_dir / "log.txt", "a", buffering=1)
-        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+        self.board = SummaryWriter(str(run_dir), purge_step=step + 1 if step else None)
         # TensorBoard renders Markdown: four leading spaces keep the YAML as it is.
         self.board.add_text("config", "\n".join("    " + line for line in config_yaml.splitlines()), step)
         self._on_terminal = sys.stderr.isatty()
@@ -98,20 +98,21 @@ class Monitor:
         rate = sum(r.units for r in records) / seconds
         loss = sum(r.loss for r in records) / len(records)
         model_flops, hardware_flops = self._flops
+        # TensorBoard orders its sections by name: these put accuracy and loss before the rest.
         scalars = {
-            "train/loss": loss,
-            "train/learning_rate": last.learning_rate,
-            "train/gradient_norm": last.gradient_norm,
-            "train/loss_scale": last.loss_scale,
+            "loss/train": loss,
+            "optimizer/learning_rate": last.learning_rate,
+            "optimizer/gradient_norm": last.gradient_norm,
+            "optimizer/loss_scale": last.loss_scale,
             f"speed/{self._unit}_per_second": rate,
-            "speed/step_seconds": seconds / len(records),
+            "step_seconds/total": seconds / len(records),
             "speed/data_wait_percent": 100 * sum(r.seconds["data"] for r in records) / seconds,
             "speed/model_teraflops": rate * model_flops / 1e12,
             "speed/hardware_teraflops": rate * hardware_flops / 1e12,
             "memory/host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         }
         for part in last.seconds:
-            scalars[f"step_time/{part}_seconds"] = sum(r.seconds[part] for r in records) / len(records)
+            scalars[f"step_seconds/{part}"] = sum(r.seconds[part] for r in records) / len(records)
         if torch.cuda.is_available():
             scalars["memory/gpu_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.scalars({tag: value for tag, value in scalars.items() if value is not None}, last.step)
@@ -126,7 +127,7 @@ class Monitor:
     def validation(self, step: int, metrics: dict[str, float]) -> None:
         """Metrics over the whole validation set, under their own names."""
         self._validation.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.scalars({f"validation/{name}": value for name, value in metrics.items()}, step)
+        self.scalars({f"{name}/validation": value for name, value in metrics.items()}, step)
         self.say(
             f"step {step}/{self._total_steps}  validation  " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items())
         )

@@ -38,11 +38,9 @@ def _copy(data: Path, to: Path) -> Path:
         ("model.heds=3", ["unknown key model.heds", "heads"]),
         ("train.steps=many", ["train.steps", "many"]),
         ("model.heads=5", ["model.heads", "5", "256"]),
-        ("data.lanes=961", ["data.lanes", "961", "2"]),
-        ("train.global_batch_size=15", ["train.global_batch_size", "15", "2"]),
         ("train.micro_batch_size=3", ["train.micro_batch_size", "3"]),
         ("data.lanes=96000", ["data.lanes", "96000"]),
-        ("model.vocab_size=5000", ["model.vocab_size", "5000", "4096"]),
+        ("model.vocab_size=5000", ["model.vocab_size", "5000", "2048"]),
         ("model.sequence_length=128", ["model.sequence_length", "128", "256"]),
         ("data.train=nowhere", ["data.train", "nowhere", "python -m train.prepare"]),
         ("data.train=pipe:cat /tmp", ["data.allow_pipe"]),
@@ -53,7 +51,13 @@ def _copy(data: Path, to: Path) -> Path:
     ids=lambda value: value.partition("=")[0] if isinstance(value, str) else "",
 )
 def test_an_impossible_setting(launch, wikipedia, tmp_path, override, expected):
-    _fails(launch(LANGUAGE, tmp_path, override), *expected)
+    _fails(launch(LANGUAGE, tmp_path, override, launcher="python"), *expected)
+
+
+@pytest.mark.parametrize("override", ["data.lanes=961", "train.global_batch_size=15"])
+def test_a_setting_that_two_ranks_do_not_divide(launch, wikipedia, tmp_path, override):
+    key, _, value = override.partition("=")
+    _fails(launch(LANGUAGE, tmp_path, override), key, value, "2")
 
 
 def test_a_truncated_shard(launch, wikipedia, tmp_path):

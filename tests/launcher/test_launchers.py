@@ -102,8 +102,8 @@ def test_a_killed_rank_ends_the_job_and_costs_only_the_steps_since_the_checkpoin
     assert again.wait() == 0, again.output
     assert "continuing after step" in again.output
     assert again.metrics() == expected
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 9))  # none twice
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("loss/train")] == list(range(1, 9))  # none twice
 
 
 def test_torchrun_trains_the_same_run(launch, uninterrupted, tmp_path):
