@@ -22,24 +22,29 @@ LANGUAGE = "configs/language/quickstart.yaml"
 VISION = "configs/vision/quickstart.yaml"
 
 
-def _prepare(arguments: list[str], out: Path) -> Path:
-    """Real data, kept in the repository's data/ folder between runs of the tests, as the quick starts keep it."""
-    subprocess.run(
-        [sys.executable, "-m", "train.prepare", *arguments, "--out", str(out)], cwd=REPOSITORY, check=True, timeout=600
-    )
-    return out
+@pytest.fixture(scope="session")
+def prepare() -> Callable[..., Path]:
+    """`prepare(name, *arguments)`: real data, kept in data/ between runs of the tests, as the quick starts keep it."""
+
+    def run(name: str, *arguments: str) -> Path:
+        out = REPOSITORY / "data" / name
+        command = [sys.executable, "-m", "train.prepare", *arguments, "--out", str(out)]
+        subprocess.run(command, cwd=REPOSITORY, check=True, timeout=600)
+        return out
+
+    return run
 
 
 @pytest.fixture(scope="session")
-def wikipedia() -> Path:
+def wikipedia(prepare: Callable[..., Path]) -> Path:
     """The data set of the language quick start."""
-    return _prepare(["text", "--source", "wikipedia-summaries", "--vocab-size", "2048"], REPOSITORY / "data" / "wikipedia")
+    return prepare("wikipedia", "text", "--source=wikipedia-summaries", "--vocab-size=2048")
 
 
 @pytest.fixture(scope="session")
-def fashion_mnist() -> Path:
+def fashion_mnist(prepare: Callable[..., Path]) -> Path:
     """The data set of the vision quick start."""
-    return _prepare(["images", "--source", "fashion-mnist"], REPOSITORY / "data" / "fashion-mnist")
+    return prepare("fashion-mnist", "images", "--source=fashion-mnist")
 
 
 @dataclass
