@@ -69,6 +69,9 @@ def test_a_signal_to_the_launch_script_saves_and_continues_bit_equal(launch, uni
     done = len(job.metrics())
     assert 2 <= done < 8 and job.metrics() == expected[:done]
     assert job.ranks() == []
+    assert (tmp_path / "checkpoints" / "latest").read_text() == f"step_{done:08d}"
+    if signal_name != "SIGTERM":
+        return  # continuing is the same for all of them
 
     again = launch(LANGUAGE, tmp_path, *SHORT, launcher="local.sh")
     assert again.wait() == 0, again.output
