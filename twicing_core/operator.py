@@ -65,15 +65,10 @@ def _backward_shapes(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     query, key, value, cu_seqlens, ctx.is_causal, ctx.scale = inputs
     ctx.save_for_backward(query, key, value, *output, cu_seqlens)
-    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _gradients(
-    ctx: Any, grad_output: Tensor | None, grad_u: Tensor | None, grad_lse: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    assert grad_u is None and grad_lse is None, "u and lse are there for the backward only"
-    if grad_output is None:
-        return (None,) * 6
+def _gradients(ctx: Any, grad_output: Tensor, grad_u: None, grad_lse: None) -> tuple[Tensor | None, ...]:
     *tensors, cu_seqlens = ctx.saved_tensors
     gradients = torch.ops.twicing.backward(grad_output, *tensors, cu_seqlens, ctx.is_causal, ctx.scale)
     return (*gradients, None, None, None)

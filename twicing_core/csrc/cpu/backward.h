@@ -44,7 +44,7 @@ class Backward {
 
   Backward(const Problem& problem, const Inputs& inputs, const Outputs& outputs)
       : problem_(problem), tiling_(problem), in_(inputs), out_(outputs),
-        teams_(at::in_parallel_region() ? 1 : std::min<int64_t>(at::get_num_threads(), tiling_.blocks)) {
+        teams_(works_alone() ? 1 : std::min<int64_t>(at::get_num_threads(), tiling_.blocks)) {
     auto& scratch = BackwardScratch<E>::of_this_thread();
     const int64_t by_row = tiling_.padded_length * tiling_.depth;
     const int64_t by_chunk = tiling_.chunks * tiling_.chunk * tiling_.depth;
@@ -63,7 +63,7 @@ class Backward {
   void run() {
     for_each<E>(tiling_.blocks, [&](int64_t i) { pack(i * kBlock); });
     std::fill(grad_query_, grad_query_ + teams_ * grad_query_size(), 0.0f);
-    if (problem_.is_causal && at::in_parallel_region()) {
+    if (problem_.is_causal && works_alone()) {
       for (int64_t i = tiling_.blocks - 1; i >= 0; --i) sweep(i * kBlock);
     } else {
       if (tiling_.resident)
@@ -80,7 +80,6 @@ class Backward {
   }
 
  private:
-  int64_t width() const { return 2 * tiling_.depth; }  // of [dO | dU] and of [V | -U]
   int64_t grad_query_size() const { return tiling_.chunks * tiling_.chunk * tiling_.depth; }
   int64_t first_query(int64_t start) const { return problem_.is_causal ? start : 0; }
 
@@ -88,27 +87,27 @@ class Backward {
     const int64_t depth = tiling_.depth, chunk = tiling_.chunk, count = tiling_.block_rows(start);
     const int64_t first = tiling_.chunk_of(start), column = packed_offset<E>(0, start - first, chunk);
     const int64_t dim = problem_.head_dim;
-    E* rows = BackwardScratch<E>::of_this_thread().rows.get(kBlock * width());
+    E* rows = BackwardScratch<E>::of_this_thread().rows.get(kBlock * tiling_.width);
 
     copy_rows(in_.query, start, count, dim, rows, depth, kBlock, depth);
     pack_rows(rows, depth, kBlock, depth, queries_ + packed_offset<E>(start, 0, depth), depth);
     pack_transposed(rows, depth, kBlock, depth, queries_T_ + first * depth + column, chunk);
 
     copy_rows(in_.grad_output, start, count, dim, rows, depth, kBlock, depth);
-    pack_rows(rows, depth, kBlock, depth, gradients_ + packed_offset<E>(start, 0, width()), width());
+    pack_rows(rows, depth, kBlock, depth, gradients_ + packed_offset<E>(start, 0, tiling_.width), tiling_.width);
     pack_transposed(rows, depth, kBlock, depth,
-                    gradients_T_ + first * width() + packed_offset<E>(depth, 0, chunk) + column, chunk);
+                    gradients_T_ + first * tiling_.width + packed_offset<E>(depth, 0, chunk) + column, chunk);
 
     copy_rows(in_.key, start, count, dim, keys_ + start * depth, depth, kBlock, depth);
     for (int64_t i = 0; i < depth; ++i)
       for (int64_t row = 0; row < kBlock; ++row)
         keys_T_[start * depth + i * kBlock + row] = keys_[(start + row) * depth + i];
 
-    E* values = values_ + start * width();
-    copy_rows(in_.value, start, count, dim, values, width(), kBlock, depth);
-    copy_rows(in_.u, start, count, dim, values + depth, width(), kBlock, depth);
+    E* values = values_ + start * tiling_.width;
+    copy_rows(in_.value, start, count, dim, values, tiling_.width, kBlock, depth);
+    copy_rows(in_.u, start, count, dim, values + depth, tiling_.width, kBlock, depth);
     for (int64_t row = 0; row < kBlock; ++row) {
-      E* negated = values + row * width() + depth;
+      E* negated = values + row * tiling_.width + depth;
       for (int64_t i = 0; i < depth; ++i) negated[i] = -negated[i];
     }
     for (int64_t row = 0; row < kBlock; ++row) {
@@ -122,14 +121,14 @@ class Backward {
     const int64_t depth = tiling_.depth, chunk = tiling_.chunk;
     const Block block = make_block(start);
     float* sums = block.sums;  // [A^T dO | A^T dU]
-    std::fill(sums, sums + block.rows * width(), 0.0f);
+    std::fill(sums, sums + block.rows * tiling_.width, 0.0f);
     std::fill(block.grad_key, block.grad_key + block.rows * depth, 0.0f);
 
     for (int64_t first = tiling_.chunk_of(start) + chunk; first < tiling_.length; first += chunk) {
       const Columns columns = columns_of(first, first);
       make_probabilities(block, columns, block.p);
-      multiply(block.rows, width(), columns.count, block.p, chunk, gradients_ + packed_offset<E>(first, 0, width()),
-               width(), sums, width(), true);
+      multiply(block.rows, tiling_.width, columns.count, block.p, chunk, gradients_ + packed_offset<E>(first, 0, tiling_.width),
+               tiling_.width, sums, tiling_.width, true);
       scores_gradient(block, columns, block.p, grad_query_);
     }
 
@@ -137,15 +136,15 @@ class Backward {
     make_probabilities(block, columns, block.p);
     const int64_t own = std::min(kBlock, columns.count);  // the queries of this very block come first
     if (columns.count > own)
-      multiply(block.rows, width(), columns.count - own, block.p + own, chunk,
-               gradients_ + packed_offset<E>(start + own, 0, width()), width(), sums, width(), true);
-    multiply(block.rows, depth, own, block.p, chunk, gradients_ + packed_offset<E>(start, 0, width()), width(), sums,
-             width(), true);
-    finish_grad_u(block, sums, width());
-    multiply(block.rows, depth, own, block.p, chunk, gradients_ + packed_offset<E>(start, depth, width()), width(),
-             sums + depth, width(), true);
+      multiply(block.rows, tiling_.width, columns.count - own, block.p + own, chunk,
+               gradients_ + packed_offset<E>(start + own, 0, tiling_.width), tiling_.width, sums, tiling_.width, true);
+    multiply(block.rows, depth, own, block.p, chunk, gradients_ + packed_offset<E>(start, 0, tiling_.width), tiling_.width, sums,
+             tiling_.width, true);
+    finish_grad_u(block, sums, tiling_.width);
+    multiply(block.rows, depth, own, block.p, chunk, gradients_ + packed_offset<E>(start, depth, tiling_.width), tiling_.width,
+             sums + depth, tiling_.width, true);
     scores_gradient(block, columns, block.p, grad_query_);
-    write_key_and_value(block, sums + depth, width());
+    write_key_and_value(block, sums + depth, tiling_.width);
   }
 
   // The first of two passes: dU and delta of one block.
@@ -157,8 +156,8 @@ class Backward {
       const Columns columns = columns_of(first, std::max(first, first_query(start)));
       E* p = tiling_.resident ? probabilities_ + start * chunk : block.p;
       make_probabilities(block, columns, p);
-      multiply(block.rows, depth, columns.count, p, chunk, gradients_ + packed_offset<E>(columns.start, 0, width()),
-               width(), block.sums, depth, accumulate);
+      multiply(block.rows, depth, columns.count, p, chunk, gradients_ + packed_offset<E>(columns.start, 0, tiling_.width),
+               tiling_.width, block.sums, depth, accumulate);
       accumulate = true;
     }
     finish_grad_u(block, block.sums, depth);
@@ -175,7 +174,7 @@ class Backward {
       const E* p = tiling_.resident ? probabilities_ + start * chunk : block.p;
       if (!tiling_.resident) make_probabilities(block, columns, block.p);
       multiply(block.rows, depth, columns.count, p, chunk,
-               gradients_ + packed_offset<E>(columns.start, depth, width()), width(), block.sums, depth, accumulate);
+               gradients_ + packed_offset<E>(columns.start, depth, tiling_.width), tiling_.width, block.sums, depth, accumulate);
       scores_gradient(block, columns, p, grad_query);
       accumulate = true;
     }
@@ -199,7 +198,7 @@ class Backward {
             scratch.ds.get(size),
             kPair<E> == 2 ? scratch.ds_packed.get(size) : nullptr,
             scratch.scores.get(size),
-            scratch.sums.get(kBlock * width()),
+            scratch.sums.get(kBlock * tiling_.width),
             scratch.grad_key.get(kBlock * tiling_.depth)};
   }
 
@@ -239,8 +238,8 @@ class Backward {
   // dS^T, and from it dK and dQ.
   void scores_gradient(const Block& block, const Columns& columns, const E* p, float* grad_query) const {
     const int64_t depth = tiling_.depth, chunk = tiling_.chunk;
-    multiply(block.rows, columns.count, width(), values_ + block.start * width(), width(),
-             columns.of(gradients_T_ + columns.first * width(), chunk), chunk, block.scores, chunk, false);
+    multiply(block.rows, columns.count, tiling_.width, values_ + block.start * tiling_.width, tiling_.width,
+             columns.of(gradients_T_ + columns.first * tiling_.width, chunk), chunk, block.scores, chunk, false);
     const float* delta = delta_ + columns.start;
     for (int64_t row = 0; row < block.rows; row += 2) {
       const float* da = block.scores + row * chunk;
@@ -268,7 +267,7 @@ class Backward {
   // From A^T dO: dU and delta of a block, packed for the products to come.
   void finish_grad_u(const Block& block, const float* sums, int64_t stride) {
     const int64_t depth = tiling_.depth, chunk = tiling_.chunk, start = block.start;
-    E* rows = BackwardScratch<E>::of_this_thread().rows.get(kBlock * width());
+    E* rows = BackwardScratch<E>::of_this_thread().rows.get(kBlock * tiling_.width);
     std::fill(rows, rows + kBlock * depth, E(0));
     for (int64_t row = 0; row < block.count; ++row) {
       const T *grad_output = in_.grad_output[start + row], *output = in_.output[start + row];
@@ -284,9 +283,9 @@ class Backward {
       delta_[start + row] = delta;
     }
     const int64_t first = tiling_.chunk_of(start);
-    pack_rows(rows, depth, kBlock, depth, gradients_ + packed_offset<E>(start, depth, width()), width());
+    pack_rows(rows, depth, kBlock, depth, gradients_ + packed_offset<E>(start, depth, tiling_.width), tiling_.width);
     pack_transposed(rows, depth, kBlock, depth,
-                    gradients_T_ + first * width() + packed_offset<E>(0, start - first, chunk), chunk);
+                    gradients_T_ + first * tiling_.width + packed_offset<E>(0, start - first, chunk), chunk);
   }
 
   void write_key_and_value(const Block& block, const float* grad_value, int64_t stride) {

@@ -3,7 +3,7 @@
 // A block of query rows meets the keys chunk by chunk under a running maximum. Which products are needed per chunk:
 //   causal, one thread:  S, P [V | U]         blocks in order: a block needs U of itself and of earlier blocks only
 //   short:               S, P V;  P U         P of all blocks stays in cache between the two passes
-//   otherwise:           S, P V;  S, P U      the second pass makes P again, from the log-sum-exp
+//   otherwise:           S, P V;  S, P U      the second pass makes P again, from the maximum
 #pragma once
 
 #include "sequence.h"
@@ -43,14 +43,14 @@ struct RunningSoftmax {
     return keep;
   }
 
-  float log_sum() const { return max + std::log2(sum); }  // to base 2
+  float log_sum_exp() const { return (max + std::log2(sum)) * kLn2; }
 };
 
 template <typename E>
 struct ForwardScratch {
   // Of a whole problem.
   Scratch<E> keys, values, probabilities;
-  Scratch<float> u, log_sum, normalizer;
+  Scratch<float> u, max, normalizer;
   // Of one block.
   Scratch<E> query, p, block_u;
   Scratch<float> scores, sums;
@@ -71,15 +71,15 @@ class Forward {
         log_sum_exp_(log_sum_exp) {
     auto& scratch = ForwardScratch<E>::of_this_thread();
     keys_ = scratch.keys.get(tiling_.chunks * tiling_.chunk * tiling_.depth);
-    values_ = scratch.values.get(tiling_.padded_length * width_());
+    values_ = scratch.values.get(tiling_.padded_length * tiling_.width);
     exact_u_ = scratch.u.get(tiling_.padded_length * tiling_.depth);
-    log_sum_ = scratch.log_sum.get(tiling_.padded_length);
+    max_ = scratch.max.get(tiling_.padded_length);
     normalizer_ = scratch.normalizer.get(tiling_.padded_length);
   }
 
   void run() {
     for_each<E>(tiling_.blocks, [&](int64_t i) { pack_keys_and_values(i * kBlock); });
-    if (problem_.is_causal && at::in_parallel_region()) {
+    if (problem_.is_causal && works_alone()) {
       for (int64_t i = 0; i < tiling_.blocks; ++i) sweep(i * kBlock);
       return;
     }
@@ -91,7 +91,6 @@ class Forward {
   }
 
  private:
-  int64_t width_() const { return 2 * tiling_.depth; }  // of [V | U]
   int64_t end_of_keys(int64_t start) const {
     return problem_.is_causal ? std::min(start + kBlock, tiling_.length) : tiling_.length;
   }
@@ -103,7 +102,7 @@ class Forward {
     pack_transposed(rows, depth, kBlock, depth,
                     keys_ + first * depth + packed_offset<E>(0, start - first, tiling_.chunk), tiling_.chunk);
     copy_rows(value_, start, count, problem_.head_dim, rows, depth, kBlock, depth);
-    pack_rows(rows, depth, kBlock, depth, values_ + packed_offset<E>(start, 0, width_()), width_());
+    pack_rows(rows, depth, kBlock, depth, values_ + packed_offset<E>(start, 0, tiling_.width), tiling_.width);
   }
 
   // The scores of a block of queries against the keys [first, first + columns) of one chunk.
@@ -123,7 +122,7 @@ class Forward {
   // Causal: U and O of one block, when U of all blocks before it is known.
   void sweep(int64_t start) {
     auto& scratch = ForwardScratch<E>::of_this_thread();
-    const int64_t depth = tiling_.depth, width = width_(), chunk = tiling_.chunk;
+    const int64_t depth = tiling_.depth, width = tiling_.width, chunk = tiling_.chunk;
     const int64_t count = tiling_.block_rows(start), rows = round_up(count, 16), end = end_of_keys(start);
     const E* query = load_query(start, count, rows);
     E* p = scratch.p.get(kBlock * chunk);
@@ -156,7 +155,7 @@ class Forward {
   // The first of two passes: U and the log-sum-exp of one block.
   void smooth(int64_t start) {
     auto& scratch = ForwardScratch<E>::of_this_thread();
-    const int64_t depth = tiling_.depth, width = width_(), chunk = tiling_.chunk;
+    const int64_t depth = tiling_.depth, width = tiling_.width, chunk = tiling_.chunk;
     const int64_t count = tiling_.block_rows(start), rows = round_up(count, 16), end = end_of_keys(start);
     const E* query = load_query(start, count, rows);
     E* p = tiling_.resident ? probabilities_ + start * chunk : scratch.p.get(kBlock * chunk);
@@ -180,7 +179,7 @@ class Forward {
   // The second: A U, hence O, of one block.
   void smooth_again(int64_t start) {
     auto& scratch = ForwardScratch<E>::of_this_thread();
-    const int64_t depth = tiling_.depth, width = width_(), chunk = tiling_.chunk;
+    const int64_t depth = tiling_.depth, width = tiling_.width, chunk = tiling_.chunk;
     const int64_t count = tiling_.block_rows(start), rows = round_up(count, 16), end = end_of_keys(start);
     const E* query = tiling_.resident ? nullptr : load_query(start, count, rows);
     float* sums = scratch.sums.get(kBlock * width);
@@ -191,15 +190,14 @@ class Forward {
       if (!tiling_.resident) {
         const float* s = scores(rows, query, first, columns);
         for (int64_t row = 0; row < count; ++row)
-          normalized(s + row * chunk, valid_columns(start + row, first, columns), columns, log_sum_[start + row],
-                     p + row * chunk);
+          exponentials(s + row * chunk, valid_columns(start + row, first, columns), columns, max_[start + row],
+                       p + row * chunk);
       }
       multiply(rows, depth, columns, p, chunk, values_ + packed_offset<E>(first, depth, width), width, sums, depth,
                first > 0);
     }
     for (int64_t row = start; row < start + count; ++row)
-      write_output(row, exact_u_ + row * depth, 1.0f, sums + (row - start) * depth,
-                   tiling_.resident ? normalizer_[row] : 1.0f);
+      write_output(row, exact_u_ + row * depth, 1.0f, sums + (row - start) * depth, normalizer_[row]);
   }
 
   int64_t valid_columns(int64_t row, int64_t first, int64_t columns) const {
@@ -217,10 +215,11 @@ class Forward {
     }
   }
 
-  // P of one row of a chunk, from the log-sum-exp of the whole row.
-  void normalized(const float* s, int64_t valid, int64_t columns, float log_sum, E* p) const {
+  // P of one row of a chunk, as the first pass had it at its end. From the log-sum-exp it would lose accuracy: where
+  // scores are large, so is the rounding of that, while the maximum is exact.
+  void exponentials(const float* s, int64_t valid, int64_t columns, float max, E* p) const {
     const float factor = problem_.scale_log2();
-    for (int64_t j = 0; j < valid; j += kLanes) store(p + j, exp2<E>(load(s + j) * factor - log_sum));
+    for (int64_t j = 0; j < valid; j += kLanes) store(p + j, exp2<E>(load(s + j) * factor - max));
     std::fill(p + valid, p + columns, E(0));
   }
 
@@ -232,11 +231,11 @@ class Forward {
       const float normalizer = 1.0f / softmax[row].sum;
       store_row(block + row * depth, sums + row * width, depth, normalizer);
       store_row(u_[start + row], sums + row * width, problem_.head_dim, normalizer);
-      log_sum_[start + row] = softmax[row].log_sum();
-      log_sum_exp_[start + row] = log_sum_[start + row] * kLn2;
+      max_[start + row] = softmax[row].max;
+      log_sum_exp_[start + row] = softmax[row].log_sum_exp();
     }
     std::fill(block + count * depth, block + kBlock * depth, E(0));
-    pack_rows(block, depth, kBlock, depth, values_ + packed_offset<E>(start, depth, width_()), width_());
+    pack_rows(block, depth, kBlock, depth, values_ + packed_offset<E>(start, depth, tiling_.width), tiling_.width);
   }
 
   void write_output(int64_t row, const float* u, float u_factor, const float* w, float w_factor) {
@@ -254,7 +253,7 @@ class Forward {
   E* values_;           // [V | U] packed: (padded_length, 2 depth)
   E* probabilities_ = nullptr;  // P if it stays: (padded_length, chunk)
   float* exact_u_;              // (padded_length, depth): rounding 2U would be most of the error of O
-  float *log_sum_, *normalizer_;
+  float *max_, *normalizer_;     // of each row: the largest score, and 1 / (sum of P)
 };
 
 }  // namespace twicing

@@ -46,6 +46,7 @@ struct Tiling {
       : length(problem.length),
         padded_length(round_up(problem.length, kBlock)),
         depth(round_up(problem.head_dim, 16)),
+        width(2 * depth),
         resident(problem.length <= kResidentLength),
         chunk(resident && problem.length > kChunk ? kResidentLength : kChunk),
         blocks(padded_length / kBlock),
@@ -54,7 +55,8 @@ struct Tiling {
   int64_t block_rows(int64_t start) const { return std::min(kBlock, length - start); }
   int64_t chunk_of(int64_t position) const { return position / chunk * chunk; }
 
-  int64_t length, padded_length, depth;
+  int64_t length, padded_length;
+  int64_t depth, width;  // of one matrix, of two side by side such as [V | U]
   bool resident;
   int64_t chunk, blocks, chunks;
 };
@@ -80,6 +82,9 @@ class Scratch {
   std::unique_ptr<X, Free> memory_;
   int64_t size_ = 0;
 };
+
+// Whether this thread has a problem to itself, and so may choose the order in which its blocks are done.
+inline bool works_alone() { return at::in_parallel_region() || at::get_num_threads() == 1; }
 
 // Runs f(i) for i in [0, count): on all threads, or one after the other when already called on one of several.
 template <typename E, typename F>
