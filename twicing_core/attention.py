@@ -1,7 +1,7 @@
 """`twicing_attention`: checks the arguments, then hands the call to a backend.
 
 A backend is one module of this package with two functions: `attend` computes, and `refusal` says why it cannot do a
-call. `BACKENDS` lists them, the fastest first. A fused kernel is one more module and the first entry of that table.
+call. `BACKENDS` lists them, the fastest first.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from twicing_core import composed, reference
+from twicing_core import composed, fused, reference
 from twicing_core.packing import values_are_readable
 
 
@@ -38,7 +38,7 @@ class Backend(Protocol):
         """Returns why this backend cannot do the call, or None if it can."""
 
 
-BACKENDS: dict[str, Backend] = {"composed": composed, "reference": reference}
+BACKENDS: dict[str, Backend] = {"fused": fused, "composed": composed, "reference": reference}
 
 
 def twicing_attention(
@@ -79,9 +79,10 @@ def twicing_attention(
         enable_gqa: query head h uses key head ``h // (heads // key_heads)``.
         dropout_p: in [0, 1): probability of zeroing an entry of A, always applied if not 0; A @ A is made of the
             same dropped A. Only the backend "reference" takes it.
-        backend: "auto" takes the fastest that can do the call. "composed" is two calls of torch's
-            `scaled_dot_product_attention`, in O(seq) memory wherever torch has a fused kernel for the call.
-            "reference" materialises A, in O(seq^2) memory.
+        backend: "auto" takes the fastest that can do the call. "fused" is compiled kernels in O(seq) memory, built at
+            first use: on the CPU, of float32, bfloat16 and float16, without mask and dropout. "composed" is two calls
+            of torch's `scaled_dot_product_attention`, in O(seq) memory wherever torch has a fused kernel for the
+            call. "reference" materialises A, in O(seq^2) memory.
 
     Returns:
         O, (batch, heads, seq, head_dim), in the query's dtype; under autocast, in the autocast dtype. A position that
@@ -121,13 +122,16 @@ def _choose(
 ) -> Backend:
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(['auto', *BACKENDS])}; got {backend!r}")
-    refusals = {}
-    for name, module in BACKENDS.items():
-        refusals[name] = module.refusal(query, attn_mask=attn_mask, cu_seqlens=cu_seqlens, dropout_p=dropout_p)
-        if backend in ("auto", name) and refusals[name] is None:
-            return module
-    able = [name for name, reason in refusals.items() if reason is None]
-    raise ValueError(f"backend {backend!r} cannot do this call: {refusals[backend]}; use {' or '.join(able)}")
+
+    def refusal(name: str) -> str | None:
+        return BACKENDS[name].refusal(query, attn_mask=attn_mask, cu_seqlens=cu_seqlens, dropout_p=dropout_p)
+
+    for name in BACKENDS if backend == "auto" else [backend]:
+        reason = refusal(name)
+        if reason is None:
+            return BACKENDS[name]
+    able = [name for name in BACKENDS if refusal(name) is None]
+    raise ValueError(f"backend {backend!r} cannot do this call: {reason}; use {' or '.join(able)}")
 
 
 def _cast_for_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
