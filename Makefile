@@ -18,10 +18,11 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(VENV)/bin/python -m twicing_core.build
 	@touch $@
 
 quickstart: install
-	python -m train.prepare text --source wikipedia-summaries --vocab-size 2048 --out data/wikipedia
+	python -m train.prepare text --source wikipedia-summaries --vocab-size 1024 --out data/wikipedia
 	launch/local.sh configs/language/quickstart.yaml
 	@launch/show_result.sh runs/quickstart quickstart-vision
 

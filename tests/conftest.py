@@ -38,7 +38,7 @@ def prepare() -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def wikipedia(prepare: Callable[..., Path]) -> Path:
     """The data set of the language quick start."""
-    return prepare("wikipedia", "text", "--source=wikipedia-summaries", "--vocab-size=2048")
+    return prepare("wikipedia", "text", "--source=wikipedia-summaries", "--vocab-size=1024")
 
 
 @pytest.fixture(scope="session")

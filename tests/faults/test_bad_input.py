@@ -40,7 +40,7 @@ def _copy(data: Path, to: Path) -> Path:
         ("model.heads=5", ["model.heads", "5", "256"]),
         ("train.micro_batch_size=3", ["train.micro_batch_size", "3"]),
         ("data.lanes=96000", ["data.lanes", "96000"]),
-        ("model.vocab_size=5000", ["model.vocab_size", "5000", "2048"]),
+        ("model.vocab_size=5000", ["model.vocab_size", "5000", "1024"]),
         ("model.sequence_length=128", ["model.sequence_length", "128", "256"]),
         ("data.train=nowhere", ["data.train", "nowhere", "python -m train.prepare"]),
         ("data.train=pipe:cat /tmp", ["data.allow_pipe"]),

@@ -10,12 +10,13 @@ backward. Attention is counted in products of size N²·D (one head: N x N x K; 
     softmax, at least        2        4        backward: dV, dA, dQ, dK
     twicing, at least        3        6        forward: S, A·V, A·U; backward: dU, dV, dQ, dK and the two of dA
     softmax, executed        2        5        flash attention computes S once more
+    fused, executed          3        7        causal, or A fits the cache; long full attention takes 4 and 8
     composed, executed       4       10        two calls of flash attention
     reference, executed   2 + N/K   4 + 2·N/K  A·A costs N/K products; nothing is skipped
 
 Causal attention counts half: kernels skip the blocks above the diagonal (the reference does not, and counts whole).
 A recomputed block counts whole, though torch may skip its last product, whose result the backward pass does not need.
-Packed documents count as one row, the convention of the field, which overstates attention for short documents.
+`auto` counts as `fused`. Packed documents count as one row, the convention of the field, which overstates attention for short documents.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from torch import nn
 
 from train.config import AnyConfig, LanguageConfig, LanguageModelConfig, VisionModelConfig
 from train.models.layers import parse_twicing_layers
+
+FUSED_SHORT = 512  # tokens up to which the fused kernels keep A of full attention
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -108,4 +111,7 @@ def _attention(shape: _Shape, twicing: bool, backend: str) -> tuple[float, float
     if backend == "reference":
         forward = (2 + shape.tokens / shape.head_width) * whole
         return 9 * product, forward, 2 * forward
-    return 9 * product, 4 * product, 10 * product
+    if backend == "composed":
+        return 9 * product, 4 * product, 10 * product
+    one_pass = shape.causal or shape.tokens <= FUSED_SHORT
+    return 9 * product, (3 if one_pass else 4) * product, (7 if one_pass else 8) * product

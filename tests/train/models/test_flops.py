@@ -63,9 +63,10 @@ def test_hardware_flops_are_what_torch_counts(config: AnyConfig) -> None:
     [
         (vision(attention_backend="composed"), vision(twicing_layers="none"), 9 - 6, 14 - 7),
         (language(attention_backend="composed"), language(twicing_layers="none"), (9 - 6) / 2, (14 - 7) / 2),
-        (language(attention_backend="auto"), language(twicing_layers="none"), (9 - 6) / 2, (14 - 7) / 2),
+        (language(attention_backend="auto"), language(twicing_layers="none"), (9 - 6) / 2, (10 - 7) / 2),
+        (vision(attention_backend="fused"), vision(twicing_layers="none"), 9 - 6, 10 - 7),
     ],
-    ids=["full", "causal", "causal-auto"],
+    ids=["full", "causal", "causal-fused", "short-fused"],
 )
 def test_what_twicing_adds_to_softmax(
     config: AnyConfig, baseline: AnyConfig, model_products: float, hardware_products: float
