@@ -18,13 +18,17 @@ def test_a_wheel_installs_and_runs_without_the_repository(tmp_path):
     subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(REPOSITORY)], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    kernels = {str(p.relative_to(REPOSITORY)) for p in (REPOSITORY / "twicing_core" / "csrc").rglob("*.*") if p.is_file()}
+    kernels = {
+        str(p.relative_to(REPOSITORY)) for p in (REPOSITORY / "twicing_core" / "csrc").rglob("*.*") if p.is_file()
+    }
     assert {"train/__main__.py", "train/prepare/__main__.py", "twicing_core/attention.py"} | kernels <= names
     assert not any(name.startswith(("tests", "configs", "data", "runs")) for name in names)
 
     site = tmp_path / "site"
     subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)
-    script = "import torch, twicing_core as t; print(t.__file__, t.twicing_attention(*torch.randn(3, 1, 2, 5, 8)).shape)"
+    script = (
+        "import torch, twicing_core as t; print(t.__file__, t.twicing_attention(*torch.randn(3, 1, 2, 5, 8)).shape)"
+    )
     ran = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env={"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin"},
         check=True, capture_output=True, text=True,

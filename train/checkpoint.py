@@ -81,6 +81,7 @@ class Checkpoints:
         except ValueError as error:
             if self._ranks.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
+            self._ranks.barrier()
             newest = self.steps()[-1:]
             raise CheckpointError(
                 f"the checkpoint of step {state.step} could not be written in {self.directory} ({error}). Make room or make "
@@ -96,6 +97,8 @@ class Checkpoints:
                 (partial / ENGINE_TAG).mkdir(parents=True)
         with self._writing():
             writer = engine.checkpoint_engine = _PatientWriter()
+            # The one file that DeepSpeed does not give to its writer: a script, useless beside model.safetensors.
+            engine._copy_recovery_script = lambda path: None
             engine.save_checkpoint(str(partial), tag=ENGINE_TAG, save_latest=False)
             writer.raise_error()
             torch.save(_random_state(), partial / f"rng_{self._ranks.rank:05d}.pt")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -34,14 +35,15 @@ def dry_run(config: AnyConfig) -> int:
         return EXIT_FINISHED
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = resolve_precision(config.train.precision, device)
-    data, absence = _data_if_there(config, world_size)
+    trial = _trial_config(config, world_size, device)
+    data, absence = _data_if_there(trial)
     task = build_task(config, data.tokenizer_path if data else None, device)
     torch.manual_seed(config.train.seed)
     model = task.build_model()
 
     print(to_yaml(config))
     print(_plan(config, task, model, world_size, precision), flush=True)
-    samples = micro_batch_size(config, world_size)
+    samples = micro_batch_size(trial, 1)
     if data:
         batch, source = next(data.train_batches(first_n=0)), f"the first {samples} samples of {config.data.train}"
     else:
@@ -51,11 +53,20 @@ def dry_run(config: AnyConfig) -> int:
     return EXIT_FINISHED
 
 
-def _data_if_there(config: AnyConfig, world_size: int) -> tuple[Any, str]:
+def _trial_config(config: AnyConfig, world_size: int, device: torch.device) -> AnyConfig:
+    """For one process: a rank's micro-batch on a GPU, to meet its memory's limit now, and a few samples on a CPU."""
+    samples = micro_batch_size(config, world_size) if device.type == "cuda" else 2
+    trial = deepcopy(config)
+    trial.train.micro_batch_size = trial.train.global_batch_size = samples
+    trial.data.workers = 0
+    return trial
+
+
+def _data_if_there(config: AnyConfig) -> tuple[Any, str]:
     """The data set, or None and why not. A folder that exists but is unusable is an error, as in training."""
     if "://" not in config.data.train and not os.path.exists(config.data.train):
         return None, f"data.train={config.data.train} is not there"
-    return build_data(config, 0, world_size), ""
+    return build_data(config, 0, 1), ""
 
 
 def _plan(config: AnyConfig, task: Task, model: nn.Module, world_size: int, precision: str) -> str:

@@ -58,7 +58,12 @@ def test_tensorboard_has_what_a_person_looks_for(tmp_path):
     assert scalars["speed/tokens_per_second"] == 1000
     assert round(scalars["speed/data_wait_percent"], 3) == 10
     assert scalars["speed/model_teraflops"] == pytest.approx(1000 * 1e6 / 1e12)
-    assert {"optimizer/learning_rate", "optimizer/gradient_norm", "memory/host_peak_gib", "loss/validation"} <= scalars.keys()
+    assert {
+        "optimizer/learning_rate",
+        "optimizer/gradient_norm",
+        "memory/host_peak_gib",
+        "loss/validation",
+    } <= scalars.keys()
     assert {f"step_seconds/{part}" for part in ("data", "forward", "backward", "optimizer")} <= scalars.keys()
     assert "optimizer/loss_scale" not in scalars  # bf16 has none
     assert events.Tags()["images"] == ["images"]
