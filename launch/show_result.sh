@@ -11,11 +11,12 @@ if [[ $run == runs/quickstart ]]; then
     echo
     python -m train.generate "$run" --prompt "The history of"
 fi
+steps=$(sed -n 's/^  steps: //p' "$run/config.yaml")
 cat <<END
 
 Next:
   source .venv/bin/activate
-  launch/local.sh $config train.steps=2000   # train this run further from its checkpoint
-  tensorboard --logdir runs                  # watch it
+  launch/local.sh $config train.steps=$((2 * steps))   # resume: train this run for longer
+  tensorboard --logdir runs   # watch it
   make $other
 END

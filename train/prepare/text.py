@@ -84,7 +84,7 @@ def prepare_text(settings: TextSettings, out: Path, processes: int) -> None:
 
 
 def _as_json(settings: TextSettings) -> dict[str, Any]:
-    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in settings.inputs]
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in settings.inputs]
     tokenizer = file_sha256(settings.tokenizer) if settings.tokenizer else None
     return {**asdict(settings), "inputs": files, "tokenizer": tokenizer}
 
