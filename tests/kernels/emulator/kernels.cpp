@@ -1,0 +1,6 @@
+// The kernels of one element type and head dimension (-DELEMENT=Bf16 -DHEAD_DIM=64), for Python's ctypes.
+#include "forward.cuh"
+
+using ptx::ELEMENT;
+
+extern "C" int run_forward(const twicing::ForwardParams* p) { return twicing::run_forward<ELEMENT, HEAD_DIM>(*p, nullptr); }
