@@ -21,7 +21,7 @@ BATCH, HEADS = 2, 2
 
 @dataclass(frozen=True)
 class Case:
-    """One problem; inputs are normal, queries a little larger, so that attention is neither flat nor a choice of one."""
+    """One problem. Inputs are normal, queries a little larger: attention is neither flat nor a choice of one."""
 
     dtype: str
     head_dim: int

@@ -8,6 +8,7 @@ as with one position, where O = V; its error therefore counts as a 16th of the r
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from cases import Case, error
@@ -17,10 +18,10 @@ from torch import Tensor
 FORWARD_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
 
 
-def accuracy(actual: Tensor, by_torch: Tensor, expected: Tensor) -> float:
-    """The error relative to torch's."""
+def accuracy(actual: Tensor, by_torch: Tensor, expected: Tensor, least: float = 0.0) -> float:
+    """The error relative to torch's, which counts as `least` at least."""
     assert actual.isfinite().all(), "not finite"
-    least = expected.abs().max().item() * torch.finfo(actual.dtype).eps / 16
+    least = max(least, expected.abs().max().item()) * torch.finfo(actual.dtype).eps / 16
     return error(actual, expected) / max(error(by_torch, expected), least)
 
 
@@ -43,6 +44,33 @@ def check_forward(case: Case, library: Kernels | None = None, **options: object)
     assert error(run["lse"], lse) <= 1e-4 * max(1.0, lse.abs().max().item()), f"{case}: lse"
     assert error(run["u"], u) <= 2 * u.abs().max().item() * torch.finfo(run["u"].dtype).eps, f"{case}: u"
     return ratio
+
+
+def check_backward(
+    case: Case, library: Kernels | None = None, *, deterministic: bool = False, **options: object
+) -> float:
+    """Runs the backward on a forward's results, checks everything, and returns the largest error ratio of a gradient."""
+    library = library or kernels(case.inputs[0].dtype, case.head_dim)
+    forward = library.forward(*case.inputs, **case.arguments())
+    run = library.backward(
+        forward, case.grad_output, *case.inputs, **case.arguments(), deterministic=deterministic, **options
+    )
+    check_clean(run, case)
+    by_torch = gradients(case.by_torch, case.inputs, case.grad_output)
+    expected = gradients(case.expected, [tensor.double() for tensor in case.inputs], case.grad_output.double())
+    # With one position the gradients of queries and keys are 0 and torch has them exactly: compare to that of the value.
+    least = 1e-2 * expected[2].abs().max().item() if case.seq == 1 else 0.0
+    ratios = [
+        accuracy(run[name], by_torch[i], expected[i], least)
+        for i, name in enumerate(("grad_query", "grad_key", "grad_value"))
+    ]
+    assert max(ratios) <= GRADIENT_FACTOR, f"{case}: errors {ratios} times torch's"
+    return max(ratios)
+
+
+def gradients(attend: Callable[..., Tensor], inputs: Sequence[Tensor], grad_output: Tensor) -> tuple[Tensor, ...]:
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    return torch.autograd.grad(attend(*leaves), leaves, grad_output)
 
 
 def expected_lse_and_u(case: Case) -> tuple[Tensor, Tensor]:

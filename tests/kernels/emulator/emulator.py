@@ -68,6 +68,16 @@ class _ForwardParams(ctypes.Structure):
     _fields_ += [("lse", ctypes.c_void_p)]
 
 
+class _BackwardParams(ctypes.Structure):
+    """`twicing::BackwardParams`"""
+
+    _inputs = ("query", "key", "value", "output", "u", "grad_output")
+    _outputs = ("grad_u", "grad_query", "grad_key", "grad_value")
+    _fields_ = [("problem", _Problem)]
+    _fields_ += [(name, _Tensor) for name in (*_inputs, *_outputs)]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("lse", "delta", "grad_query_sum")]
+
+
 class Counters(ctypes.Structure):
     """`simt::Counters`: what one launch did."""
 
@@ -134,6 +144,44 @@ class Kernels:
         self._start(seed, truncate, cu_seqlens, {"query": query, "key": key, "value": value}, run.tensors)
         tensors = [_Tensor.of(tensor) for tensor in (query, key, value, run["u"], run["output"])]
         self._library.run_forward(ctypes.byref(_ForwardParams(problem, *tensors, run["lse"].data_ptr())))
+        return self._finish(run)
+
+    def backward(
+        self,
+        forward: Run,
+        grad_output: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        deterministic: bool = False,
+        is_causal: bool = False,
+        scale: float | None = None,
+        cu_seqlens: Tensor | None = None,
+        seed: int = 0,
+        truncate: bool = False,
+    ) -> Run:
+        """Returns `grad_query`, `grad_key` and `grad_value` of what `forward` returned. See there.
+
+        Args:
+            deterministic: whether dQ has a kernel of its own, instead of being summed in any order.
+        """
+        problem = _problem(query, key, is_causal, scale, cu_seqlens)
+        inputs = {"query": query, "key": key, "value": value, "output": forward["output"], "u": forward["u"]}
+        inputs |= {"grad_output": grad_output, "lse": forward["lse"]}
+        run = Run(
+            {"grad_u": poison(query), "grad_query": poison(query), "delta": torch.full_like(forward["lse"], math.nan)}
+        )
+        run.tensors |= {"grad_key": poison(key), "grad_value": poison(value)}
+        if not deterministic:
+            run.tensors["grad_query_sum"] = poison(query).float()
+        self._start(seed, truncate, cu_seqlens, inputs, run.tensors)
+        tensors = [
+            _Tensor.of((inputs | run.tensors)[name]) for name in (*_BackwardParams._inputs, *_BackwardParams._outputs)
+        ]
+        query_sum = None if deterministic else run["grad_query_sum"].data_ptr()
+        statistics = (forward["lse"].data_ptr(), run["delta"].data_ptr(), query_sum)
+        self._library.run_backward(ctypes.byref(_BackwardParams(problem, *tensors, *statistics)))
         return self._finish(run)
 
     def _start(

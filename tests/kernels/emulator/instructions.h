@@ -23,6 +23,8 @@ struct Words4 {
   uint32_t word[4];
 };
 
+inline int recompute(int x) { return x; }
+
 inline int thread_index() { return simt::block().thread; }
 inline int block_index() { return static_cast<int>(simt::block().index); }
 inline Address shared_memory() { return 0; }
@@ -72,6 +74,7 @@ inline float exp2(float x) {
   return std::exp2(x);
 }
 inline float log2(float x) { return std::log2(x); }
+inline float reciprocal(float x) { return 1.f / x; }
 
 // ---- instructions of a warp ----
 

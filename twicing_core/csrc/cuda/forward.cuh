@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(ForwardTiling<DIM>::THREADS) forward_kernel(co
   const Problem& problem = p.problem;
   Work work = work_of(ptx::block_index(), problem.heads, problem.batch);
   if (problem.causal) work.block = (problem.seq - 1) / Tiling::ROWS - work.block;  // the longest first
-  const int lane = lane_index(), warp_row = warp_index() * TILES * 16, key_head = problem.key_head(work.head);
+  const int lane = lane_index(), warp_row = warp_index() * TILES * 16;
   const int first_row = work.block * Tiling::ROWS, last_row = smaller(first_row + Tiling::ROWS, problem.seq) - 1;
   const float scale_log2 = problem.scale * LOG2_E;
 
@@ -126,8 +126,9 @@ __global__ void __launch_bounds__(ForwardTiling<DIM>::THREADS) forward_kernel(co
   const int begin = keys_of(problem, work.batch, first_row).begin, end = keys_of(problem, work.batch, last_row).end;
   auto start_copies = [&](int parity, int first_key) {
     const Tensor& values = PASS == FIRST ? p.value : p.u;
+    const int head = ptx::recompute(work.head), key_head = problem.key_head(head);
     const uint16_t* key = p.key.rows(work.batch, key_head);
-    const uint16_t* value = values.rows(work.batch, PASS == FIRST ? key_head : work.head);
+    const uint16_t* value = values.rows(work.batch, PASS == FIRST ? key_head : head);
     load_tile<DIM, KEYS, Tiling::THREADS>(stage(parity), key, p.key.row_stride, first_key, end);
     load_tile<DIM, KEYS, Tiling::THREADS>(stage(parity) + Tiling::TILE_BYTES, value, values.row_stride, first_key, end);
     ptx::cp_async_commit();
@@ -136,8 +137,8 @@ __global__ void __launch_bounds__(ForwardTiling<DIM>::THREADS) forward_kernel(co
                                                 first_row, problem.seq);
   start_copies(0, begin);
 
-  for (int r = ptx::thread_index(); r < Tiling::ROWS; r += Tiling::THREADS)
-    store_span(spans, r, keys_of(problem, work.batch, first_row + r));
+  store_spans<Tiling::ROWS, Tiling::THREADS>(
+      spans, [&](int row) { return keys_of(problem, work.batch, first_row + row); });
 
   auto row_of = [&](int t, int half) { return first_row + warp_row + t * 16 + half * 8 + lane / 4; };  // this thread's
   auto lse_of = [&](int row) { return p.lse + problem.first_statistic(work.batch, work.head) + row; };
@@ -220,7 +221,7 @@ __global__ void __launch_bounds__(ForwardTiling<DIM>::THREADS) forward_kernel(co
         const float total = sum_over_row(sum[t][half]);
         const float lse = LN_2 * (maximum[t][half] * scale_log2 + ptx::log2(total));
         ptx::store_global(lse_of(row_of(t, half)), lse, lane % 4 == 0 && row_of(t, half) < problem.seq);
-        factor = 1.f / total;
+        factor = ptx::reciprocal(total);
       }
 #pragma unroll
       for (int n = 0; n < DIM / 8; n++) {
@@ -229,8 +230,10 @@ __global__ void __launch_bounds__(ForwardTiling<DIM>::THREADS) forward_kernel(co
       }
     }
     auto store = [&](const Tensor& tensor) {
+      // Found again rather than kept: at 128 there is no register for it.
+      const Work here = work_of(ptx::recompute(ptx::block_index()), problem.heads, problem.batch);
       const int tile_row = warp_row + t * 16;
-      store_rows<T, DIM>(output[t], query_tile, tile_row, tensor.rows(work.batch, work.head), tensor.row_stride,
+      store_rows<T, DIM>(output[t], query_tile, tile_row, tensor.rows(here.batch, here.head), tensor.row_stride,
                          first_row + tile_row, problem.seq);
     };
     if (PASS == FIRST) store(p.u);

@@ -25,6 +25,12 @@ struct Words4 {  // what one 16-byte access moves
   uint32_t word[4];
 };
 
+// The same number, but what follows from it is computed where it is used, instead of before a loop for lack of registers.
+DEVICE int recompute(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 DEVICE int thread_index() { return threadIdx.x; }
 DEVICE int block_index() { return blockIdx.x; }
 
@@ -89,6 +95,11 @@ DEVICE float exp2(float x) {
 DEVICE float log2(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

@@ -92,7 +92,7 @@ DEVICE void set_zero(float (&c)[N][M]) {
 // c[16][8 * COLUMNS] += A B^T, with A in rows a_row.. and B in rows b_row.. of tiles of DIM columns.
 template <class T, int DIM, int COLUMNS, bool NEGATED = false>
 DEVICE void multiply_rows(float (&c)[COLUMNS][4], ptx::Address a_tile, int a_row, ptx::Address b_tile, int b_row) {
-#pragma unroll
+#pragma unroll(DIM <= 96 ? DIM / 16 : 4)  // all of 128 take more registers than there are
   for (int k = 0; k < DIM; k += 16) {
     uint32_t a[4];
     load_a<DIM>(a, a_tile, a_row, k);
@@ -160,6 +160,10 @@ DEVICE void store_rows(float (&c)[DIM / 8][4], ptx::Address tile, int tile_row, 
 DEVICE void store_span(ptx::Address spans, int row, Span span) {
   ptx::store_shared(spans + row * 8, span.begin);
   ptx::store_shared(spans + row * 8 + 4, span.end);
+}
+template <int ROWS, int THREADS, class SpanOf>
+DEVICE void store_spans(ptx::Address spans, SpanOf span_of) {
+  for (int row = ptx::thread_index(); row < ROWS; row += THREADS) store_span(spans, row, span_of(row));
 }
 DEVICE Span load_span(ptx::Address spans, int row) {
   uint32_t pair[2];
