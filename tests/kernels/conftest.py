@@ -1,8 +1,8 @@
-"""These folders are no packages: what the tests share is imported from here."""
+"""This folder is no package: what its tests share is imported by name."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "emulator")]
+sys.path.insert(0, str(Path(__file__).parent))

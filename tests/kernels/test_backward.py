@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import BATCH, HEADS, Case, documents_of, every_case, pairwise_cases
-from emulator import kernels
+from emulated import kernels
 from verification import check_backward, check_clean
 
 COMPILED = [("bf16", 16), ("bf16", 32), ("bf16", 64), ("bf16", 96), ("bf16", 128), ("fp16", 64)]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable
 
-import emulator
+import emulated
 import numpy as np
 import pytest
 import torch
@@ -16,9 +17,9 @@ GROUP, MEMBER = LANE // 4, LANE % 4  # "groupID" and "threadID_in_group" in the 
 
 @pytest.fixture(scope="module")
 def library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(emulator.build("probes.cpp")))
+    library = ctypes.CDLL(str(emulated.build("probes.cpp")))
     library.emulator_log.restype = ctypes.c_char_p
-    library.emulator_counters.restype = ctypes.POINTER(emulator.Counters)
+    library.emulator_counters.restype = ctypes.POINTER(emulated.Counters)
     return library
 
 
@@ -120,6 +121,16 @@ def test_pack_rounds_to_nearest_even(probe: Callable[..., str], dtype: torch.dty
     rounded = torch.tensor([value], dtype=torch.float32).to(dtype)
     assert word[0] & 0xFFFF == rounded.view(torch.int16).item() & 0xFFFF
     assert unpacked.tolist() == [rounded.float().item(), 1.0]
+
+
+@pytest.mark.parametrize("value", [0.0, -math.inf, 1.0, -3.5, 0.75])
+def test_math(probe: Callable[..., str], value: float) -> None:
+    """Of the special values, those that kernels rely on: 2^-inf = 0."""
+    results = np.zeros(3, np.float32)
+    probe("probe_math", value, results)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        x = np.float32(value)
+        np.testing.assert_allclose(results, [np.exp2(x), np.log2(x), 1 / x], rtol=1e-6)
 
 
 @pytest.mark.parametrize("read_first", [False, True], ids=["read_after_write", "write_after_read"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import BATCH, DTYPES, HEAD_DIMS, HEADS, Case, documents_of, every_case, pairwise_cases
-from emulator import kernels
+from emulated import kernels
 from verification import check_clean, check_forward
 
 COMPILED = [("bf16", head_dim) for head_dim in HEAD_DIMS] + [("fp16", 64), ("fp16", 96)]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from cases import Case, error
-from emulator import Kernels, Run, kernels
+from emulated import Kernels, Run, kernels
 from torch import Tensor
 
 FORWARD_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
@@ -49,7 +49,7 @@ def check_forward(case: Case, library: Kernels | None = None, **options: object)
 def check_backward(
     case: Case, library: Kernels | None = None, *, deterministic: bool = False, **options: object
 ) -> float:
-    """Runs the backward on a forward's results, checks everything, and returns the largest error ratio of a gradient."""
+    """Runs the backward on a forward's results, checks everything, and returns the largest error ratio."""
     library = library or kernels(case.inputs[0].dtype, case.head_dim)
     forward = library.forward(*case.inputs, **case.arguments())
     run = library.backward(
@@ -58,7 +58,7 @@ def check_backward(
     check_clean(run, case)
     by_torch = gradients(case.by_torch, case.inputs, case.grad_output)
     expected = gradients(case.expected, [tensor.double() for tensor in case.inputs], case.grad_output.double())
-    # With one position the gradients of queries and keys are 0 and torch has them exactly: compare to that of the value.
+    # With one position the gradients of queries and keys are 0, exactly so by torch: compare to that of the value.
     least = 1e-2 * expected[2].abs().max().item() if case.seq == 1 else 0.0
     ratios = [
         accuracy(run[name], by_torch[i], expected[i], least)

@@ -65,7 +65,16 @@ void probe_pack(bool bf16, float first, float second, uint32_t* word, float* unp
   unpacked[1] = bf16 ? high(Bf16{}, *word) : high(Fp16{}, *word);
 }
 
-// What lane or thread 0 stores, others read: 0 with the right barrier, 1 with none, 2 with one of the warp only.
+void probe_math(float x, float* results) {
+  simt::launch([&] {
+    if (thread_index() > 0) return;
+    results[0] = exp2(x);
+    results[1] = log2(x);
+    results[2] = reciprocal(x);
+  }, 1, 32, 0);
+}
+
+// Threads read what others store: with a barrier of the block between (0), with none (1), with one of the warp (2).
 void probe_barrier(int threads, int barrier, bool read_first) {
   simt::launch([&] {
     const int thread = thread_index();

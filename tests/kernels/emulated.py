@@ -13,31 +13,42 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-HERE = Path(__file__).parent
-REPOSITORY = HERE.parents[2]
+REPOSITORY = Path(__file__).parents[2]
+EMULATOR = Path(__file__).parent / "emulator"
 KERNELS = REPOSITORY / "twicing_core" / "csrc" / "cuda"
 BUILD = REPOSITORY / "build" / "emulator"
-COMPILE = ["g++", "-std=c++20", "-O2", "-mavx2", "-mfma", "-mf16c", "-fPIC", "-shared"]
+COMPILE = ["g++", "-std=c++20", "-mavx2", "-mfma", "-mf16c", "-fPIC", "-shared"]
 COMPILE += ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]  # the others are nvcc's
 ELEMENTS = {torch.bfloat16: "Bf16", torch.float16: "Fp16"}
 
 
-def build(program: str, *defines: str, kernels: Path = KERNELS) -> Path:
-    """Compiles one of the .cpp files here with the emulator; the result is kept until a source changes.
+def build(program: str, *defines: str, kernels: Path = KERNELS, optimise: str = "-O2") -> Path:
+    """Compiles one of the emulator's .cpp files; the result is kept until a source changes.
 
     Args:
         program: the name of the file.
         defines: preprocessor definitions, ``NAME=VALUE``.
         kernels: the folder of the kernels, or of a changed copy.
+        optimise: the compiler's option: quickly compiled or quickly run.
     """
-    sources = sorted([*HERE.glob("*.h"), *HERE.glob("*.cpp"), *kernels.glob("*.cuh")])
-    digest = hashlib.sha256(b"\0".join(path.read_bytes() for path in sources) + " ".join([*COMPILE, *defines]).encode())
+    sources = sorted([*EMULATOR.glob("*.h"), *EMULATOR.glob("*.cpp"), *kernels.glob("*.cuh")])
+    digest = hashlib.sha256(
+        b"\0".join(path.read_bytes() for path in sources) + " ".join([*COMPILE, optimise, *defines]).encode()
+    )
     library = BUILD / f"{Path(program).stem}_{digest.hexdigest()[:16]}.so"
     if not library.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
         unfinished = library.with_suffix(f".{id(digest)}.tmp")
-        command = [*COMPILE, *(f"-D{define}" for define in defines), f"-I{HERE}", f"-I{kernels}", "-o", str(unfinished)]
-        subprocess.run([*command, str(HERE / program), str(HERE / "simt.cpp")], check=True)
+        command = [
+            *COMPILE,
+            optimise,
+            *(f"-D{define}" for define in defines),
+            f"-I{EMULATOR}",
+            f"-I{kernels}",
+            "-o",
+            str(unfinished),
+        ]
+        subprocess.run([*command, str(EMULATOR / program), str(EMULATOR / "simt.cpp")], check=True)
         unfinished.rename(library)
     return library
 
@@ -111,8 +122,9 @@ class Run:
 class Kernels:
     """The kernels of one element type and head dimension."""
 
-    def __init__(self, dtype: torch.dtype, head_dim: int, kernels: Path = KERNELS) -> None:
-        path = build("kernels.cpp", f"ELEMENT={ELEMENTS[dtype]}", f"HEAD_DIM={head_dim}", kernels=kernels)
+    def __init__(self, dtype: torch.dtype, head_dim: int, kernels: Path = KERNELS, optimise: str = "-O2") -> None:
+        defines = (f"ELEMENT={ELEMENTS[dtype]}", f"HEAD_DIM={head_dim}")
+        path = build("kernels.cpp", *defines, kernels=kernels, optimise=optimise)
         self._library = ctypes.CDLL(str(path))
         self._library.emulator_log.restype = ctypes.c_char_p
         self._library.emulator_counters.restype = ctypes.POINTER(Counters)
@@ -169,20 +181,22 @@ class Kernels:
         problem = _problem(query, key, is_causal, scale, cu_seqlens)
         inputs = {"query": query, "key": key, "value": value, "output": forward["output"], "u": forward["u"]}
         inputs |= {"grad_output": grad_output, "lse": forward["lse"]}
-        run = Run(
-            {"grad_u": poison(query), "grad_query": poison(query), "delta": torch.full_like(forward["lse"], math.nan)}
-        )
-        run.tensors |= {"grad_key": poison(key), "grad_value": poison(value)}
+        run = Run({"grad_query": poison(query), "grad_key": poison(key), "grad_value": poison(value)})
+        run.tensors |= {"grad_u": poison(query), "delta": torch.full_like(forward["lse"], math.nan)}
         if not deterministic:
             run.tensors["grad_query_sum"] = poison(query).float()
         self._start(seed, truncate, cu_seqlens, inputs, run.tensors)
-        tensors = [
-            _Tensor.of((inputs | run.tensors)[name]) for name in (*_BackwardParams._inputs, *_BackwardParams._outputs)
-        ]
+        by_name = inputs | run.tensors
+        tensors = [_Tensor.of(by_name[name]) for name in (*_BackwardParams._inputs, *_BackwardParams._outputs)]
         query_sum = None if deterministic else run["grad_query_sum"].data_ptr()
         statistics = (forward["lse"].data_ptr(), run["delta"].data_ptr(), query_sum)
         self._library.run_backward(ctypes.byref(_BackwardParams(problem, *tensors, *statistics)))
         return self._finish(run)
+
+    def shared_bytes(self) -> dict[str, int]:
+        """What the kernels of each direction take of shared memory, at most."""
+        names = ("forward_shared_bytes", "backward_shared_bytes")
+        return {name: getattr(self._library, name)() for name in names}
 
     def _start(
         self,
