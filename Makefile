@@ -3,12 +3,13 @@ VENV ?= .venv
 PYTHON ?= python3
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help install quickstart quickstart-vision test test-fast lint format bench tensorboard clean
+.PHONY: help install quickstart quickstart-vision test test-fast verify-kernels lint format bench tensorboard clean
 
 help:
 	@echo "make quickstart         train a twicing language model on Wikipedia summaries (under 10 minutes on two cores)"
 	@echo "make quickstart-vision  train a twicing vision transformer on Fashion-MNIST"
 	@echo "make test               all tests;  make test-fast  without the slow ones"
+	@echo "make verify-kernels     everything that a CPU can say of the CUDA kernels (under 30 minutes on two cores)"
 	@echo "make lint               ruff and mypy;  make format  ruff's formatter"
 	@echo "make bench              time the attention backends on this machine"
 	@echo "make tensorboard        watch the runs in runs/"
@@ -36,6 +37,9 @@ test: install
 
 test-fast: install
 	python -m pytest -m "not slow"
+
+verify-kernels: install
+	PYTHONPATH=. python tests/kernels/verify.py
 
 lint: install
 	ruff check .

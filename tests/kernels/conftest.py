@@ -1,0 +1,8 @@
+"""This folder is no package: what its tests share is imported by name."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))

@@ -1,0 +1,130 @@
+"""Everything that can be said of the CUDA kernels without a GPU: every case, every mutant, every architecture.
+
+    python tests/kernels/verify.py [--part forward,backward,mutants,compiled] [--processes N]
+
+Ends with one line, and with status 1 if anything failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+
+import compiled
+import mutants
+import torch
+from cases import DTYPES, HEAD_DIMS, Case, every_case, pairwise_cases
+from emulated import Kernels
+from verification import check_backward, check_forward
+
+PARTS = ("forward", "backward", "mutants", "compiled")
+LONG = 257  # longer cases are many times slower: pairwise only
+
+
+def forward(case: Case) -> tuple[float, str]:
+    return _attempt(case, lambda: check_forward(case))
+
+
+def backward(case: Case) -> tuple[float, str]:
+    return _attempt(case, lambda: max(check_backward(case, deterministic=mode) for mode in (False, True)))
+
+
+def mutant(planted: mutants.Mutant) -> tuple[float, str]:
+    seen = mutants.verdict(planted)
+    print(f"  {planted.name}: {seen or 'NOT NOTICED'}", flush=True)
+    return 0.0, "" if seen else f"mutant not noticed: {planted.name}"
+
+
+def compile_one(arguments: tuple[str, int, int]) -> tuple[float, str]:
+    """The "ratio" of compiled code is the bytes that its kernels spill."""
+    try:
+        found = compiled.compile_kernels(*arguments)
+        for kernel in found:
+            compiled.check(kernel)
+    except AssertionError as failure:
+        return 0.0, str(failure)
+    return float(sum(kernel.spilled_bytes for kernel in found)), ""
+
+
+def _attempt(case: Case, check: Callable[[], float]) -> tuple[float, str]:
+    torch.set_num_threads(1)
+    try:
+        return check(), ""
+    except AssertionError as failure:
+        return 0.0, f"{case}: {failure}"
+
+
+def run(name: str, results: Iterable[tuple[float, str]]) -> tuple[int, float, int]:
+    """Prints what failed, as it comes; returns how many results there were, the largest number, and the failures."""
+    start, count, largest, failures = time.monotonic(), 0, 0.0, 0
+    for number, failure in results:
+        count, largest = count + 1, max(largest, number)
+        if failure:
+            failures += 1
+            print(f"FAILED {failure}", flush=True)
+    print(f"{name}: {count} in {time.monotonic() - start:.0f} s, {failures} failed", flush=True)
+    return count, largest, failures
+
+
+def cases(longest_head_dim: int) -> list[Case]:
+    possible = [case for case in every_case() if case.head_dim <= longest_head_dim]
+    long = [case for case in possible if case.seq > LONG]
+    return [case for case in possible if case.seq <= LONG] + pairwise_cases(long)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", default=",".join(PARTS), help="which parts, comma-separated")
+    parser.add_argument("--processes", type=int, default=2)
+    arguments = parser.parse_args()
+    chosen = arguments.part.split(",")
+    if unknown := set(chosen) - set(PARTS):
+        parser.error(f"--part {','.join(unknown)}: the parts are {', '.join(PARTS)}")
+
+    def build(library: tuple[str, int]) -> tuple[float, str]:
+        Kernels(DTYPES[library[0]], library[1])
+        return 0.0, ""
+
+    if {"forward", "backward"} & set(chosen):
+        with ThreadPoolExecutor(arguments.processes) as threads:
+            list(threads.map(build, product(DTYPES, HEAD_DIMS)))
+    compilations = list(product(DTYPES, HEAD_DIMS, compiled.ARCHITECTURES)) if compiled.nvcc() else []
+    done = {}
+    with (
+        multiprocessing.get_context("fork").Pool(arguments.processes) as processes,
+        ThreadPoolExecutor(arguments.processes) as threads,  # of work that other processes do
+    ):
+        parts = {
+            "forward": lambda: processes.imap_unordered(forward, cases(256)),
+            "backward": lambda: processes.imap_unordered(backward, cases(128)),
+            "mutants": lambda: threads.map(mutant, mutants.every_mutant()),
+            "compiled": lambda: threads.map(compile_one, compilations),
+        }
+        for name in PARTS:
+            if name in chosen:
+                done[name] = run(name, parts[name]())
+
+    def result(name: str, index: int) -> float:
+        return done[name][index] if name in done else 0
+
+    attention_cases = result("forward", 0) + result("backward", 0)
+    planted, missed = result("mutants", 0), result("mutants", 2)
+    spills = f"spills: {result('compiled', 1):.0f} bytes in {result('compiled', 0):.0f} compilations"
+    print(
+        f"verified: {attention_cases} cases, worst error ratio {result('forward', 1):.2f} of 2 forward and "
+        f"{result('backward', 1):.2f} of 3 backward, {planted - missed} of {planted} mutants caught, "
+        + (spills if compiled.nvcc() else "not compiled, as there is no nvcc")
+    )
+    failures = sum(part[2] for part in done.values())
+    if failures:
+        print(f"{failures} FAILED")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
