@@ -18,6 +18,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(VENV)/bin/python -m twicing_core.build
 	@touch $@
 
 quickstart: install
@@ -46,7 +47,7 @@ format: install
 	ruff format .
 
 bench: install
-	python benchmarks/attention.py
+	python -m twicing_core.bench
 
 tensorboard: install
 	tensorboard --logdir runs
