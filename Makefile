@@ -51,7 +51,7 @@ format: install
 	ruff format .
 
 bench: install
-	python benchmarks/attention.py
+	python -m twicing_core.bench
 
 tensorboard: install
 	tensorboard --logdir runs

@@ -5,6 +5,7 @@ The kernels come from compiled libraries (`twicing_core.build`), which register 
     forward(query, key, value, cu_seqlens, is_causal, scale) -> (output, u, lse)
     backward(grad_output, query, key, value, output, u, lse, cu_seqlens, is_causal, scale)
         -> (grad_query, grad_key, grad_value)
+    multiplies_bfloat16() -> whether the CPU kernels have bfloat16 products; without, as of float16, they are in float32
 
 With A the attention, u = A @ value and output = 2u - A @ u. Shapes: query, output and u (batch, heads, seq, head_dim);
 key and value (batch, key_heads, seq, head_dim); lse (batch, heads, seq) float32, the log-sum-exp of each row of logits.
@@ -30,6 +31,7 @@ torch.library.define(
     " Tensor? cu_seqlens, bool is_causal, float scale) -> (Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
+torch.library.define("twicing::multiplies_bfloat16", "() -> bool")
 
 
 def _by_position(tensor: Tensor) -> Tensor:

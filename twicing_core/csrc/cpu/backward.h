@@ -61,19 +61,19 @@ class Backward {
   }
 
   void run() {
-    for_each<E>(tiling_.blocks, [&](int64_t i) { pack(i * kBlock); });
+    for_each<E>(tiling_.blocks, [&](int64_t i) { pack(i * tiling_.block); });
     std::fill(grad_query_, grad_query_ + teams_ * grad_query_size(), 0.0f);
     if (problem_.is_causal && works_alone()) {
-      for (int64_t i = tiling_.blocks - 1; i >= 0; --i) sweep(i * kBlock);
+      for (int64_t i = tiling_.blocks - 1; i >= 0; --i) sweep(i * tiling_.block);
     } else {
       if (tiling_.resident)
         probabilities_ =
             BackwardScratch<E>::of_this_thread().probabilities.get(tiling_.padded_length * tiling_.chunk);
-      for_each<E>(tiling_.blocks, [&](int64_t i) { smooth(i * kBlock); });
+      for_each<E>(tiling_.blocks, [&](int64_t i) { smooth(i * tiling_.block); });
       // Each team sums its own share of dQ, always of the same blocks: the result depends on their number only.
       for_each<E>(teams_, [&](int64_t team) {
         for (int64_t i = team; i < tiling_.blocks; i += teams_)
-          gradients(i * kBlock, grad_query_ + team * grad_query_size());
+          gradients(i * tiling_.block, grad_query_ + team * grad_query_size());
       });
     }
     for_each<E>(tiling_.chunks, [&](int64_t i) { write_grad_query(i * tiling_.chunk); });
@@ -87,30 +87,28 @@ class Backward {
     const int64_t depth = tiling_.depth, chunk = tiling_.chunk, count = tiling_.block_rows(start);
     const int64_t first = tiling_.chunk_of(start), column = packed_offset<E>(0, start - first, chunk);
     const int64_t dim = problem_.head_dim;
-    E* rows = BackwardScratch<E>::of_this_thread().rows.get(kBlock * tiling_.width);
+    E* rows = BackwardScratch<E>::of_this_thread().rows.get(tiling_.block * tiling_.width);
 
-    copy_rows(in_.query, start, count, dim, rows, depth, kBlock, depth);
-    pack_rows(rows, depth, kBlock, depth, queries_ + packed_offset<E>(start, 0, depth), depth);
-    pack_transposed(rows, depth, kBlock, depth, queries_T_ + first * depth + column, chunk);
+    copy_rows(in_.query, start, count, dim, rows, depth, tiling_.block, depth);
+    pack_rows(rows, depth, tiling_.block, depth, queries_ + packed_offset<E>(start, 0, depth), depth);
+    pack_transposed(rows, depth, tiling_.block, depth, queries_T_ + first * depth + column, chunk);
 
-    copy_rows(in_.grad_output, start, count, dim, rows, depth, kBlock, depth);
-    pack_rows(rows, depth, kBlock, depth, gradients_ + packed_offset<E>(start, 0, tiling_.width), tiling_.width);
-    pack_transposed(rows, depth, kBlock, depth,
+    copy_rows(in_.grad_output, start, count, dim, rows, depth, tiling_.block, depth);
+    pack_rows(rows, depth, tiling_.block, depth, gradients_ + packed_offset<E>(start, 0, tiling_.width), tiling_.width);
+    pack_transposed(rows, depth, tiling_.block, depth,
                     gradients_T_ + first * tiling_.width + packed_offset<E>(depth, 0, chunk) + column, chunk);
 
-    copy_rows(in_.key, start, count, dim, keys_ + start * depth, depth, kBlock, depth);
-    for (int64_t i = 0; i < depth; ++i)
-      for (int64_t row = 0; row < kBlock; ++row)
-        keys_T_[start * depth + i * kBlock + row] = keys_[(start + row) * depth + i];
+    copy_rows(in_.key, start, count, dim, keys_ + start * depth, depth, tiling_.block, depth);
+    transpose(keys_ + start * depth, depth, tiling_.block, depth, keys_T_ + start * depth, tiling_.block, rows);
 
     E* values = values_ + start * tiling_.width;
-    copy_rows(in_.value, start, count, dim, values, tiling_.width, kBlock, depth);
-    copy_rows(in_.u, start, count, dim, values + depth, tiling_.width, kBlock, depth);
-    for (int64_t row = 0; row < kBlock; ++row) {
+    copy_rows(in_.value, start, count, dim, values, tiling_.width, tiling_.block, depth);
+    copy_rows(in_.u, start, count, dim, values + depth, tiling_.width, tiling_.block, depth);
+    for (int64_t row = 0; row < tiling_.block; ++row) {
       E* negated = values + row * tiling_.width + depth;
-      for (int64_t i = 0; i < depth; ++i) negated[i] = -negated[i];
+      for (int64_t i = 0; i < depth; i += kLanes) store(negated + i, -load(negated + i));
     }
-    for (int64_t row = 0; row < kBlock; ++row) {
+    for (int64_t row = 0; row < tiling_.block; ++row) {
       log_sum_[start + row] = row < count ? in_.log_sum_exp[start + row] / kLn2 : 0.0f;
       delta_[start + row] = 0.0f;
     }
@@ -134,7 +132,7 @@ class Backward {
 
     const Columns columns = columns_of(tiling_.chunk_of(start), start);
     make_probabilities(block, columns, block.p);
-    const int64_t own = std::min(kBlock, columns.count);  // the queries of this very block come first
+    const int64_t own = std::min(tiling_.block, columns.count);  // the queries of this very block come first
     if (columns.count > own)
       multiply(block.rows, tiling_.width, columns.count - own, block.p + own, chunk,
                gradients_ + packed_offset<E>(start + own, 0, tiling_.width), tiling_.width, sums, tiling_.width, true);
@@ -190,7 +188,7 @@ class Backward {
 
   Block make_block(int64_t start) const {
     auto& scratch = BackwardScratch<E>::of_this_thread();
-    const int64_t size = kBlock * tiling_.chunk, count = tiling_.block_rows(start);
+    const int64_t size = tiling_.block * tiling_.chunk, count = tiling_.block_rows(start);
     return {start,
             count,
             round_up(count, 16),
@@ -198,8 +196,8 @@ class Backward {
             scratch.ds.get(size),
             kPair<E> == 2 ? scratch.ds_packed.get(size) : nullptr,
             scratch.scores.get(size),
-            scratch.sums.get(kBlock * tiling_.width),
-            scratch.grad_key.get(kBlock * tiling_.depth)};
+            scratch.sums.get(tiling_.block * tiling_.width),
+            scratch.grad_key.get(tiling_.block * tiling_.depth)};
   }
 
   // The queries [start, start + count) of the chunk at `first`.
@@ -259,7 +257,7 @@ class Backward {
     }
     multiply(block.rows, depth, columns.count, block.ds, chunk, queries_ + packed_offset<E>(columns.start, 0, depth),
              depth, block.grad_key, depth, true);
-    multiply(depth, columns.count, block.rows, keys_T_ + block.start * depth, kBlock,
+    multiply(depth, columns.count, block.rows, keys_T_ + block.start * depth, tiling_.block,
              kPair<E> == 2 ? block.ds_packed : block.ds, chunk,
              grad_query + columns.first * depth + columns.start - columns.first, chunk, true);
   }
@@ -267,24 +265,24 @@ class Backward {
   // From A^T dO: dU and delta of a block, packed for the products to come.
   void finish_grad_u(const Block& block, const float* sums, int64_t stride) {
     const int64_t depth = tiling_.depth, chunk = tiling_.chunk, start = block.start;
-    E* rows = BackwardScratch<E>::of_this_thread().rows.get(kBlock * tiling_.width);
-    std::fill(rows, rows + kBlock * depth, E(0));
+    E* rows = BackwardScratch<E>::of_this_thread().rows.get(tiling_.block * tiling_.width);
+    std::fill(rows + block.count * depth, rows + tiling_.block * depth, E(0));
     for (int64_t row = 0; row < block.count; ++row) {
       const T *grad_output = in_.grad_output[start + row], *output = in_.output[start + row];
       const T* u = in_.u[start + row];
-      float delta = 0.0f;
-#pragma omp simd reduction(+ : delta)
-      for (int64_t i = 0; i < problem_.head_dim; ++i) {
-        const float g = static_cast<float>(grad_output[i]), u_i = static_cast<float>(u[i]);
-        const float grad_u = 2.0f * g - sums[row * stride + i];
-        delta += grad_u * u_i - g * (2.0f * u_i - static_cast<float>(output[i]));
-        rows[row * depth + i] = static_cast<E>(grad_u);
+      Floats delta = splat(0.0f);
+      for (int64_t i = 0; i < problem_.head_dim; i += kLanes) {
+        const int64_t some = problem_.head_dim - i;
+        const Floats g = load_first(grad_output + i, some), u_i = load_first(u + i, some);
+        const Floats grad_u = 2.0f * g - load(sums + row * stride + i);  // of padding: zero
+        delta += grad_u * u_i - g * (2.0f * u_i - load_first(output + i, some));
+        store(rows + row * depth + i, grad_u);
       }
-      delta_[start + row] = delta;
+      delta_[start + row] = horizontal_sum(delta);
     }
     const int64_t first = tiling_.chunk_of(start);
-    pack_rows(rows, depth, kBlock, depth, gradients_ + packed_offset<E>(start, depth, tiling_.width), tiling_.width);
-    pack_transposed(rows, depth, kBlock, depth,
+    pack_rows(rows, depth, tiling_.block, depth, gradients_ + packed_offset<E>(start, depth, tiling_.width), tiling_.width);
+    pack_transposed(rows, depth, tiling_.block, depth,
                     gradients_T_ + first * tiling_.width + packed_offset<E>(0, start - first, chunk), chunk);
   }
 

@@ -37,7 +37,7 @@ struct RunningSoftmax {
       store(p + whole, x);
     }
     std::fill(p + round_up(valid, kLanes), p + padded, E(0));
-    const float keep = std::exp2(max - new_max);
+    const float keep = max == new_max ? 1.0f : max == -INFINITY ? 0.0f : std::exp2(max - new_max);
     sum = sum * keep + horizontal_sum(total);
     max = new_max;
     return keep;
@@ -78,43 +78,43 @@ class Forward {
   }
 
   void run() {
-    for_each<E>(tiling_.blocks, [&](int64_t i) { pack_keys_and_values(i * kBlock); });
+    for_each<E>(tiling_.blocks, [&](int64_t i) { pack_keys_and_values(i * tiling_.block); });
     if (problem_.is_causal && works_alone()) {
-      for (int64_t i = 0; i < tiling_.blocks; ++i) sweep(i * kBlock);
+      for (int64_t i = 0; i < tiling_.blocks; ++i) sweep(i * tiling_.block);
       return;
     }
     if (tiling_.resident)
       probabilities_ =
           ForwardScratch<E>::of_this_thread().probabilities.get(tiling_.padded_length * tiling_.chunk);
-    for_each<E>(tiling_.blocks, [&](int64_t i) { smooth(i * kBlock); });
-    for_each<E>(tiling_.blocks, [&](int64_t i) { smooth_again(i * kBlock); });
+    for_each<E>(tiling_.blocks, [&](int64_t i) { smooth(i * tiling_.block); });
+    for_each<E>(tiling_.blocks, [&](int64_t i) { smooth_again(i * tiling_.block); });
   }
 
  private:
   int64_t end_of_keys(int64_t start) const {
-    return problem_.is_causal ? std::min(start + kBlock, tiling_.length) : tiling_.length;
+    return problem_.is_causal ? std::min(start + tiling_.block, tiling_.length) : tiling_.length;
   }
 
   void pack_keys_and_values(int64_t start) {
     const int64_t depth = tiling_.depth, count = tiling_.block_rows(start), first = tiling_.chunk_of(start);
-    E* rows = ForwardScratch<E>::of_this_thread().query.get(kBlock * depth);
-    copy_rows(key_, start, count, problem_.head_dim, rows, depth, kBlock, depth);
-    pack_transposed(rows, depth, kBlock, depth,
+    E* rows = ForwardScratch<E>::of_this_thread().query.get(tiling_.block * depth);
+    copy_rows(key_, start, count, problem_.head_dim, rows, depth, tiling_.block, depth);
+    pack_transposed(rows, depth, tiling_.block, depth,
                     keys_ + first * depth + packed_offset<E>(0, start - first, tiling_.chunk), tiling_.chunk);
-    copy_rows(value_, start, count, problem_.head_dim, rows, depth, kBlock, depth);
-    pack_rows(rows, depth, kBlock, depth, values_ + packed_offset<E>(start, 0, tiling_.width), tiling_.width);
+    copy_rows(value_, start, count, problem_.head_dim, rows, depth, tiling_.block, depth);
+    pack_rows(rows, depth, tiling_.block, depth, values_ + packed_offset<E>(start, 0, tiling_.width), tiling_.width);
   }
 
   // The scores of a block of queries against the keys [first, first + columns) of one chunk.
   float* scores(int64_t rows, const E* query, int64_t first, int64_t columns) {
-    float* s = ForwardScratch<E>::of_this_thread().scores.get(kBlock * tiling_.chunk);
+    float* s = ForwardScratch<E>::of_this_thread().scores.get(tiling_.block * tiling_.chunk);
     multiply(rows, columns, tiling_.depth, query, tiling_.depth, keys_ + first * tiling_.depth, tiling_.chunk, s,
              tiling_.chunk, false);
     return s;
   }
 
   const E* load_query(int64_t start, int64_t count, int64_t rows) {
-    E* query = ForwardScratch<E>::of_this_thread().query.get(kBlock * tiling_.depth);
+    E* query = ForwardScratch<E>::of_this_thread().query.get(tiling_.block * tiling_.depth);
     copy_rows(query_, start, count, problem_.head_dim, query, tiling_.depth, rows, tiling_.depth);
     return query;
   }
@@ -125,9 +125,9 @@ class Forward {
     const int64_t depth = tiling_.depth, width = tiling_.width, chunk = tiling_.chunk;
     const int64_t count = tiling_.block_rows(start), rows = round_up(count, 16), end = end_of_keys(start);
     const E* query = load_query(start, count, rows);
-    E* p = scratch.p.get(kBlock * chunk);
-    float* sums = scratch.sums.get(kBlock * width);  // [P V | P U]
-    RunningSoftmax softmax[kBlock];
+    E* p = scratch.p.get(tiling_.block * chunk);
+    float* sums = scratch.sums.get(tiling_.block * width);  // [P V | P U]
+    RunningSoftmax softmax[kMaxBlock];
 
     for (int64_t first = 0; first < end; first += chunk) {
       const int64_t columns = round_up(std::min(chunk, end - first), 16);
@@ -158,9 +158,9 @@ class Forward {
     const int64_t depth = tiling_.depth, width = tiling_.width, chunk = tiling_.chunk;
     const int64_t count = tiling_.block_rows(start), rows = round_up(count, 16), end = end_of_keys(start);
     const E* query = load_query(start, count, rows);
-    E* p = tiling_.resident ? probabilities_ + start * chunk : scratch.p.get(kBlock * chunk);
-    float* sums = scratch.sums.get(kBlock * width);
-    RunningSoftmax softmax[kBlock];
+    E* p = tiling_.resident ? probabilities_ + start * chunk : scratch.p.get(tiling_.block * chunk);
+    float* sums = scratch.sums.get(tiling_.block * width);
+    RunningSoftmax softmax[kMaxBlock];
 
     for (int64_t first = 0; first < end; first += chunk) {
       const int64_t columns = round_up(std::min(chunk, end - first), 16);
@@ -182,11 +182,11 @@ class Forward {
     const int64_t depth = tiling_.depth, width = tiling_.width, chunk = tiling_.chunk;
     const int64_t count = tiling_.block_rows(start), rows = round_up(count, 16), end = end_of_keys(start);
     const E* query = tiling_.resident ? nullptr : load_query(start, count, rows);
-    float* sums = scratch.sums.get(kBlock * width);
+    float* sums = scratch.sums.get(tiling_.block * width);
 
     for (int64_t first = 0; first < end; first += chunk) {
       const int64_t columns = round_up(std::min(chunk, end - first), 16);
-      E* p = tiling_.resident ? probabilities_ + start * chunk : scratch.p.get(kBlock * chunk);
+      E* p = tiling_.resident ? probabilities_ + start * chunk : scratch.p.get(tiling_.block * chunk);
       if (!tiling_.resident) {
         const float* s = scores(rows, query, first, columns);
         for (int64_t row = 0; row < count; ++row)
@@ -226,7 +226,7 @@ class Forward {
   // Stores U of one block, packs it for the second product, and stores the log-sum-exp.
   void finish_u(int64_t start, int64_t count, const RunningSoftmax* softmax, const float* sums, int64_t width) {
     const int64_t depth = tiling_.depth;
-    E* block = ForwardScratch<E>::of_this_thread().block_u.get(kBlock * depth);
+    E* block = ForwardScratch<E>::of_this_thread().block_u.get(tiling_.block * depth);
     for (int64_t row = 0; row < count; ++row) {
       const float normalizer = 1.0f / softmax[row].sum;
       store_row(block + row * depth, sums + row * width, depth, normalizer);
@@ -234,14 +234,14 @@ class Forward {
       max_[start + row] = softmax[row].max;
       log_sum_exp_[start + row] = softmax[row].log_sum_exp();
     }
-    std::fill(block + count * depth, block + kBlock * depth, E(0));
-    pack_rows(block, depth, kBlock, depth, values_ + packed_offset<E>(start, depth, tiling_.width), tiling_.width);
+    std::fill(block + count * depth, block + tiling_.block * depth, E(0));
+    pack_rows(block, depth, tiling_.block, depth, values_ + packed_offset<E>(start, depth, tiling_.width), tiling_.width);
   }
 
   void write_output(int64_t row, const float* u, float u_factor, const float* w, float w_factor) {
     T* output = output_[row];
-    for (int64_t i = 0; i < problem_.head_dim; ++i)
-      output[i] = static_cast<T>(2.0f * u_factor * u[i] - w_factor * w[i]);
+    for (int64_t i = 0; i < problem_.head_dim; i += kLanes)
+      store_first(output + i, load(u + i) * (2.0f * u_factor) - load(w + i) * w_factor, problem_.head_dim - i);
   }
 
   Problem problem_;

@@ -93,4 +93,18 @@ inline void pack_transposed(const E* x, int64_t x_stride, int64_t n, int64_t k, 
                       to + (word * to_stride + row) * kPair<E>, to_stride, std::min<int64_t>(kLanes, words - word));
 }
 
+// to[k][n] = x[n][k], row-major both; n and k multiples of 32 and 16, `scratch` as large as x.
+// Interleaved pairs of rows are words that hold two neighbours of a row of the transpose.
+template <typename E>
+inline void transpose(const E* x, int64_t x_stride, int64_t n, int64_t k, E* to, int64_t to_stride, E* scratch) {
+  if constexpr (kPair<E> == 2) {
+    pack_rows(x, x_stride, n, k, scratch, k);
+    for (int64_t word = 0; word < n / 2; word += kLanes)
+      for (int64_t column = 0; column < k; column += kLanes)
+        transpose_words(scratch + 2 * (word * k + column), k, to + column * to_stride + 2 * word, to_stride / 2, kLanes);
+  } else {
+    pack_transposed(x, x_stride, n, k, to, to_stride);
+  }
+}
+
 }  // namespace twicing

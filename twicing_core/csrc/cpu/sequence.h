@@ -36,26 +36,28 @@ inline constexpr float kLn2 = 0.69314718f;
 // A of one head is kept whole up to this length, 512 KiB in BFloat16: it must fit the L2 cache of a core.
 inline constexpr int64_t kResidentLength = 512;
 
-// Scores are worked on in blocks of kBlock rows x at most `chunk` columns, both within the L2 cache.
-inline constexpr int64_t kBlock = 32;
+// Scores are worked on in blocks of rows x chunks of columns. Larger blocks make better products, up to what stays in
+// the caches; of causal attention they waste more, along the diagonal.
+inline constexpr int64_t kMaxBlock = 64;
 inline constexpr int64_t kChunk = 256;
 
 // The sizes that follow from a problem, all padded to multiples of 16.
 struct Tiling {
   explicit Tiling(const Problem& problem)
       : length(problem.length),
-        padded_length(round_up(problem.length, kBlock)),
+        block(std::min(kMaxBlock, round_up(problem.length, 32))),
+        padded_length(round_up(problem.length, block)),
         depth(round_up(problem.head_dim, 16)),
         width(2 * depth),
         resident(problem.length <= kResidentLength),
         chunk(resident && problem.length > kChunk ? kResidentLength : kChunk),
-        blocks(padded_length / kBlock),
+        blocks(padded_length / block),
         chunks((length + chunk - 1) / chunk) {}
 
-  int64_t block_rows(int64_t start) const { return std::min(kBlock, length - start); }
+  int64_t block_rows(int64_t start) const { return std::min(block, length - start); }
   int64_t chunk_of(int64_t position) const { return position / chunk * chunk; }
 
-  int64_t length, padded_length;
+  int64_t length, block, padded_length;
   int64_t depth, width;  // of one matrix, of two side by side such as [V | U]
   bool resident;
   int64_t chunk, blocks, chunks;
@@ -95,9 +97,10 @@ void for_each(int64_t count, const F& f) {
   });
 }
 
+// `from` is padded; `to` may end after `count`.
 template <typename T>
 inline void store_row(T* to, const float* from, int64_t count, float factor) {
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(from[i] * factor);
+  for (int64_t i = 0; i < count; i += kLanes) store_first(to + i, load(from + i) * factor, count - i);
 }
 
 // Copies rows [start, start + count) of x to a row-major block of `rows` rows of `depth` elements, padded with zeros.
@@ -106,13 +109,8 @@ inline void copy_rows(const Rows<const T>& x, int64_t start, int64_t count, int6
                       int64_t rows, int64_t depth) {
   for (int64_t row = 0; row < rows; ++row) {
     E* out = to + row * to_stride;
-    int64_t valid = row < count ? head_dim : 0;
-    if constexpr (std::is_same_v<T, E>) {
-      if (valid) std::memcpy(out, x[start + row], valid * sizeof(E));
-    } else {
-      for (int64_t i = 0; i < valid; ++i) out[i] = static_cast<E>(x[start + row][i]);
-    }
-    std::fill(out + valid, out + depth, E(0));
+    for (int64_t i = 0; i < depth; i += kLanes)
+      store(out + i, row < count && i < head_dim ? load_first(x[start + row] + i, head_dim - i) : splat(0.0f));
   }
 }
 

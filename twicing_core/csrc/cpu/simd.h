@@ -40,6 +40,16 @@ inline Floats load(const c10::BFloat16* from) {
   return (Floats)(__builtin_convertvector(load_as<Shorts>(from), Ints) << 16);
 }
 
+inline Floats load(const c10::Half* from) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtph_ps(load_as<__m256i>(from));
+#else
+  Floats x;
+  for (int lane = 0; lane < kLanes; ++lane) x[lane] = static_cast<float>(from[lane]);
+  return x;
+#endif
+}
+
 inline void store(float* to, Floats x) { std::memcpy(to, &x, sizeof(x)); }
 
 // The upper halves of floats, rounded to the nearest even bfloat16.
@@ -58,6 +68,32 @@ inline void store(c10::BFloat16* to, Floats x) {
   std::memcpy(to, &rounded, sizeof(rounded));
 }
 
+inline void store(c10::Half* to, Floats x) {
+#if defined(__AVX512F__)
+  __m256i rounded = _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  std::memcpy(to, &rounded, sizeof(rounded));
+#else
+  for (int lane = 0; lane < kLanes; ++lane) to[lane] = c10::Half(x[lane]);
+#endif
+}
+
+// The first `count` elements only, of memory that may end there; the other lanes are zero, or are not stored.
+template <typename X>
+inline Floats load_first(const X* from, int64_t count) {
+  if (count >= kLanes) return load(from);
+  X some[kLanes] = {};
+  std::memcpy(static_cast<void*>(some), from, count * sizeof(X));
+  return load(some);
+}
+
+template <typename X>
+inline void store_first(X* to, Floats x, int64_t count) {
+  if (count >= kLanes) return store(to, x);
+  X some[kLanes];
+  store(some, x);
+  std::memcpy(static_cast<void*>(to), some, count * sizeof(X));
+}
+
 // Rows of two: to[2i] = even[i], to[2i + 1] = odd[i].
 inline void store_pairs(c10::BFloat16* to, Floats even, Floats odd) {
   typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
@@ -66,20 +102,35 @@ inline void store_pairs(c10::BFloat16* to, Floats even, Floats odd) {
   std::memcpy(to, &pairs, sizeof(pairs));
 }
 
-inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
+// a > b ? a : b, which is what the instruction does, also with NaN; compilers do not see it in vectors.
+inline Floats max(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// Lane i of the result is lane i ^ kDistance of x.
+template <int kDistance>
+inline Floats swap_lanes(Floats x) {
+  Ints other;
+  for (int lane = 0; lane < kLanes; ++lane) other[lane] = lane ^ kDistance;
+  return __builtin_shuffle(x, other);
+}
 
 inline float horizontal_max(Floats x) {
-  float result = x[0];
-  for (int lane = 1; lane < kLanes; ++lane) result = x[lane] > result ? x[lane] : result;
-  return result;
+  if constexpr (kLanes == 16) x = max(x, swap_lanes<kLanes / 2>(x));
+  x = max(x, swap_lanes<4>(x));
+  x = max(x, swap_lanes<2>(x));
+  return max(x, swap_lanes<1>(x))[0];
 }
 
 inline float horizontal_sum(Floats x) {
-  float half[kLanes];
-  store(half, x);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int lane = 0; lane < width; ++lane) half[lane] += half[lane + width];
-  return half[0];
+  if constexpr (kLanes == 16) x += swap_lanes<kLanes / 2>(x);
+  x += swap_lanes<4>(x);
+  x += swap_lanes<2>(x);
+  return (x + swap_lanes<1>(x))[0];
 }
 
 // x in the first `count` lanes, `other` in the rest.
@@ -93,7 +144,7 @@ inline Floats keep_first(Floats x, int64_t count, float other) {
 // Relative error of the polynomial: 7e-5 where BFloat16 keeps 8 bits of it, else 2e-9.
 template <typename E>
 inline Floats exp2(Floats x) {
-  x = x < -126.0f ? splat(-126.0f) : x;
+  x = max(splat(-126.0f), x);  // in this order NaN passes
   Floats shifted = x + 12582912.0f;  // 1.5 * 2^23: the nearest integer is now in the low bits
   Floats f = x - (shifted - 12582912.0f);
   Floats p;

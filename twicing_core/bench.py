@@ -1,0 +1,290 @@
+"""Times twicing attention on this machine against other ways to compute it, and against plain attention.
+
+Ratios come first: every round runs each candidate once, one after the other, so that what else the machine does falls
+on all alike. Do measure an idle machine all the same; the load is printed. `python -m twicing_core.bench --help`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from twicing_core.attention import twicing_attention
+
+Attention = Callable[..., Tensor]
+
+
+class Shape(NamedTuple):
+    batch: int
+    heads: int
+    seq: int
+    head_dim: int
+    is_causal: bool
+
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.heads}x{self.seq}x{self.head_dim} {'causal' if self.is_causal else 'full'}"
+
+
+SHAPES = {
+    "vit-tiny": Shape(16, 3, 197, 64, False),
+    "wikitext": Shape(16, 8, 256, 16, True),
+    "1k": Shape(1, 8, 1024, 64, True),
+    "2k": Shape(1, 4, 2048, 64, True),
+    "4k": Shape(1, 4, 4096, 64, True),
+    "8k": Shape(1, 2, 8192, 64, True),
+    "2k-full": Shape(1, 4, 2048, 64, False),
+}
+LONGEST_MATERIALISED = 1024  # A of a head is seq x seq, and autograd keeps several of them
+
+
+def _attention_matrix(query: Tensor, key: Tensor, is_causal: bool) -> Tensor:
+    logits = query @ key.mT * query.shape[-1] ** -0.5
+    if is_causal:
+        logits = logits.masked_fill(logits.new_ones(logits.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
+    return logits.softmax(dim=-1)
+
+
+def a_squared(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
+    """The published code for language: (2A - A @ A) @ V."""
+    weights = _attention_matrix(query, key, is_causal)
+    return (2 * weights - weights @ weights) @ value
+
+
+def residual(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
+    """The published code for vision: AV + A(V - AV), with A kept."""
+    weights = _attention_matrix(query, key, is_causal)
+    smooth = weights @ value
+    return smooth + weights @ (value - smooth)
+
+
+def plain_attention(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
+    """ONE call of torch's attention, which is what a transformer without twicing pays."""
+    return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
+
+
+CANDIDATES: dict[str, Attention] = {
+    "fused": partial(twicing_attention, backend="fused"),
+    "composed": partial(twicing_attention, backend="composed"),
+    "reference": partial(twicing_attention, backend="reference"),
+    "2A-AA": a_squared,
+    "A(V-AV)": residual,
+    "one SDPA": plain_attention,
+}
+MATERIALISED = ("reference", "2A-AA", "A(V-AV)")
+
+
+class Timing(NamedTuple):
+    """Of one candidate at one shape, in seconds and bytes. The spread is (third - first quartile) / median."""
+
+    median: float
+    spread: float
+    peak_bytes: int | None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="NAME", help=f"{[*SHAPES]}"
+    )
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=11, help="of each candidate (default: %(default)s)")
+    parser.add_argument(
+        "--no-memory", action="store_true", help="skip the peak memory, which takes a process a candidate"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the ratios; needs matplotlib")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    torch.set_num_threads(arguments.threads)
+    dtype = getattr(torch, arguments.dtype)
+    peak = gemm_peak(dtype, arguments.device)
+    load = os.getloadavg()[0]
+    print(
+        f"{_device_name(arguments.device)}, {arguments.threads} threads, torch {torch.__version__}, {arguments.dtype}"
+    )
+    print(f"GEMM peak {peak / 1e12:.2f} TFLOP/s; load average {load:.1f}{' - NOT IDLE' if load > 0.5 else ''}\n")
+    results = []
+    for name in arguments.shapes:
+        shape = SHAPES[name]
+        for backward in (False, True):
+            timings = measure(shape, dtype, arguments.device, backward, arguments.rounds, not arguments.no_memory)
+            print_table(shape, backward, timings, peak)
+            results += [
+                {"shape": name, **shape._asdict(), "backward": backward, "candidate": candidate, **timing._asdict()}
+                for candidate, timing in timings.items()
+            ]
+    if arguments.json:
+        machine = {"device": _device_name(arguments.device), "threads": arguments.threads, "load": load}
+        machine |= {"torch": torch.__version__, "dtype": arguments.dtype, "gemm_peak_flops": peak}
+        arguments.json.write_text(json.dumps(machine | {"results": results}, indent=2) + "\n")
+    if arguments.plot:
+        plot(results, arguments.plot)
+    return 0
+
+
+def measure(
+    shape: Shape, dtype: torch.dtype, device: str, backward: bool, rounds: int, memory: bool
+) -> dict[str, Timing]:
+    """Times all candidates that can do the shape, in interleaved rounds."""
+    candidates = {
+        name: attention
+        for name, attention in CANDIDATES.items()
+        if shape.seq <= LONGEST_MATERIALISED or name not in MATERIALISED
+    }
+    steps = {name: _step(attention, shape, dtype, device, backward) for name, attention in candidates.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        step()
+        step()
+    for _ in range(rounds):
+        for name, step in steps.items():
+            _synchronise(device)
+            start = time.perf_counter()
+            step()
+            _synchronise(device)
+            times[name].append(time.perf_counter() - start)
+    peaks = {name: peak_memory(name, shape, dtype, device, backward) if memory else None for name in steps}
+    return {name: Timing(*_median_and_spread(samples), peaks[name]) for name, samples in times.items()}
+
+
+def _step(attention: Attention, shape: Shape, dtype: torch.dtype, device: str, backward: bool) -> Callable[[], None]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = (shape.batch, shape.heads, shape.seq, shape.head_dim)
+    query, key, value, grad_output = (torch.randn(sizes, generator=generator).to(device, dtype) for _ in range(4))
+    leaves = [tensor.requires_grad_(backward) for tensor in (query, key, value)]
+
+    def step() -> None:
+        output = attention(*leaves, is_causal=shape.is_causal)
+        if backward:
+            torch.autograd.grad(output, leaves, grad_output)
+
+    return step
+
+
+def _median_and_spread(samples: list[float]) -> tuple[float, float]:
+    median = statistics.median(samples)
+    if len(samples) < 2:
+        return median, 0.0
+    first, _, third = statistics.quantiles(samples, n=4)
+    return median, (third - first) / median
+
+
+def peak_memory(name: str, shape: Shape, dtype: torch.dtype, device: str, backward: bool) -> int | None:
+    """Bytes that one step adds to the peak; on the CPU, of the resident set of a process of its own (Linux)."""
+    if device == "cuda":
+        step = _step(CANDIDATES[name], shape, dtype, device, backward)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_resident_growth, (name, shape, dtype, backward, torch.get_num_threads()))
+
+
+def _resident_growth(name: str, shape: Shape, dtype: torch.dtype, backward: bool, threads: int) -> int | None:
+    torch.set_num_threads(threads)
+    small = shape._replace(batch=1, heads=2, seq=64)
+    _step(CANDIDATES[name], small, dtype, "cpu", backward)()  # what any first call allocates is not counted
+    step = _step(CANDIDATES[name], shape, dtype, "cpu", backward)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is resident now
+    except OSError:
+        return None
+    before = _resident("VmRSS")
+    step()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def minimal_flops(shape: Shape, backward: bool) -> float:
+    """Of twicing at its least: 3 products of seq x seq x head_dim forward and 6 backward; causal counts half."""
+    products = 9 if backward else 3
+    flops = 2.0 * products * shape.batch * shape.heads * shape.seq**2 * shape.head_dim
+    return flops / 2 if shape.is_causal else flops
+
+
+def gemm_peak(dtype: torch.dtype, device: str) -> float:
+    """FLOP/s that torch reaches with a large product in this dtype."""
+    left, right = (torch.randn(2048, 2048).to(device, dtype) for _ in range(2))
+    times = []
+    for _ in range(6):
+        _synchronise(device)
+        start = time.perf_counter()
+        left @ right
+        _synchronise(device)
+        times.append(time.perf_counter() - start)
+    return 2 * 2048**3 / min(times)
+
+
+def print_table(shape: Shape, backward: bool, timings: dict[str, Timing], peak: float) -> None:
+    """One line a candidate: its time over that of "fused", then milliseconds, spread, memory, share of the peak."""
+    print(f"{shape}, {'forward + backward' if backward else 'forward'}")
+    flops, fused = minimal_flops(shape, backward), timings["fused"].median
+    for name, timing in timings.items():
+        memory = "" if timing.peak_bytes is None else f"{timing.peak_bytes / 2**20:8.1f} MiB"
+        share = "" if name == "one SDPA" else f"{flops / timing.median / peak:6.1%} of peak"
+        milliseconds = f"{timing.median * 1e3:9.2f} ms ±{timing.spread:4.0%}"
+        print(f"  {timing.median / fused:6.2f}x  {name:10s}{milliseconds}  {memory}  {share}")
+    print(flush=True)
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Bars of time relative to "fused", one panel for forward and one for forward + backward."""
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("--plot needs matplotlib: pip install matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(2, 1, figsize=(10, 7), sharex=True)
+    shapes = list(dict.fromkeys(result["shape"] for result in results))
+    names = [name for name in CANDIDATES if name != "fused"]
+    for panel, backward in zip(panels, (False, True), strict=True):
+        median = {(r["shape"], r["candidate"]): r["median"] for r in results if r["backward"] == backward}
+        for index, name in enumerate(names):
+            there = [i for i, shape in enumerate(shapes) if (shape, name) in median]
+            ratios = [median[shapes[i], name] / median[shapes[i], "fused"] for i in there]
+            panel.bar([i + (index - len(names) / 2 + 0.5) * 0.16 for i in there], ratios, width=0.16, label=name)
+        panel.axhline(1.0, color="black", linewidth=0.8)
+        panel.set_title("forward + backward" if backward else "forward")
+        panel.set_ylabel("time / time of fused")
+        panel.set_xticks(range(len(shapes)), shapes)
+    panels[0].legend(ncols=len(names), fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
+
+
+def _synchronise(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    _parser = argparse.ArgumentParser(prog="python -m twicing_core.bench", description=__doc__)
+    add_arguments(_parser)
+    sys.exit(run(_parser.parse_args()))

@@ -1,0 +1,66 @@
+"""What of the attention is available on this machine, and which backend "auto" would take for a call."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+
+import torch
+
+from twicing_core import build
+from twicing_core.attention import BACKENDS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shape",
+        nargs=4,
+        type=int,
+        default=[16, 8, 256, 16],
+        metavar=("BATCH", "HEADS", "SEQ", "HEAD_DIM"),
+        help="the call to choose a backend for (default: %(default)s)",
+    )
+    parser.add_argument("--dropout", type=float, default=0.0, help="dropout_p of that call")
+    parser.add_argument("--mask", action="store_true", help="that call has an attn_mask")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    _print_machine()
+    print(f"\nbackend for (batch, heads, seq, head_dim) = {tuple(arguments.shape)}")
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    for device in devices:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            _print_choice(torch.empty(arguments.shape, dtype=dtype, device=device), arguments)
+    return 0
+
+
+def _print_machine() -> None:
+    compiler = os.environ.get("CXX", "g++")
+    unavailable = build.unavailable()
+    print(f"torch          {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"processor      {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}")
+    print(f"compiler       {shutil.which(compiler) or f'{compiler} not found'}")
+    print(f"fused kernels  {f'none: {unavailable}' if unavailable else build.library()}")
+    if unavailable is None:
+        bfloat16 = "bfloat16 (AMX)" if torch.ops.twicing.multiplies_bfloat16() else "float32 (no AMX)"
+        print(f"  products     of bfloat16 in {bfloat16}, of float16 and float32 in float32")
+    print(f"CUDA           {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no device'}")
+
+
+def _print_choice(query: torch.Tensor, arguments: argparse.Namespace) -> None:
+    mask = torch.ones(1, 1, dtype=torch.bool, device=query.device) if arguments.mask else None
+    print(f"{query.device.type} {_name(query.dtype)}")
+    chosen = False
+    for name, backend in BACKENDS.items():
+        reason = backend.refusal(query, attn_mask=mask, cu_seqlens=None, dropout_p=arguments.dropout)
+        if reason is not None:
+            print(f"    {name:10s} no: {reason}")
+        else:
+            print(f"    {name:10s} {'yes' if chosen else 'yes: auto takes it'}")
+            chosen = True
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
