@@ -143,6 +143,7 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
                 stderr=subprocess.STDOUT,
                 text=True,
                 start_new_session=True,
+                preexec_fn=_heed_ctrl_c,
             )
         jobs.append(Job(process, run_dir, _log=log))
         return jobs[-1]
@@ -150,6 +151,11 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
     yield start
     for job in jobs:
         job.kill()
+
+
+def _heed_ctrl_c() -> None:
+    """Tests started in the background inherit that SIGINT is ignored, and a shell can't trap what it was told to ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def free_port() -> int:
