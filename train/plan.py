@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from train.config import AnyConfig, to_yaml
+from train.config import AnyConfig, VisionConfig, to_yaml
 from train.data.loader import build_data
 from train.data.order import check_world_size, micro_batch_size
 from train.engine import (
@@ -54,8 +54,9 @@ def dry_run(config: AnyConfig) -> int:
 
 
 def _trial_config(config: AnyConfig, world_size: int, device: torch.device) -> AnyConfig:
-    """For one process: a rank's micro-batch on a GPU, to meet its memory's limit now, and a few samples on a CPU."""
-    samples = micro_batch_size(config, world_size) if device.type == "cuda" else 2
+    """For one process: a rank's micro-batch on a GPU, to meet its memory's limit now, and as little as can be on a CPU."""
+    least = 2 if isinstance(config, VisionConfig) else 1  # mixup takes pairs
+    samples = micro_batch_size(config, world_size) if device.type == "cuda" else least
     trial = deepcopy(config)
     trial.train.micro_batch_size = trial.train.global_batch_size = samples
     trial.data.workers = 0
