@@ -18,22 +18,22 @@ EMULATOR = Path(__file__).parent / "emulator"
 KERNELS = REPOSITORY / "twicing_core" / "csrc" / "cuda"
 BUILD = REPOSITORY / "build" / "emulator"
 COMPILE = ["g++", "-std=c++20", "-mavx2", "-mfma", "-mf16c", "-fPIC", "-shared"]
-COMPILE += ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]  # the others are nvcc's
+OPTIONS = ("-O2", "-Wall", "-Wextra", "-Wno-unknown-pragmas")  # the pragmas are nvcc's
 ELEMENTS = {torch.bfloat16: "Bf16", torch.float16: "Fp16"}
 
 
-def build(program: str, *defines: str, kernels: Path = KERNELS, optimise: str = "-O2") -> Path:
+def build(program: str, *defines: str, kernels: Path = KERNELS, options: tuple[str, ...] = OPTIONS) -> Path:
     """Compiles one of the emulator's .cpp files; the result is kept until a source changes.
 
     Args:
         program: the name of the file.
         defines: preprocessor definitions, ``NAME=VALUE``.
         kernels: the folder of the kernels, or of a changed copy.
-        optimise: the compiler's option: quickly compiled or quickly run.
+        options: of the compiler: quickly compiled or quickly run.
     """
     sources = sorted([*EMULATOR.glob("*.h"), *EMULATOR.glob("*.cpp"), *kernels.glob("*.cuh")])
     digest = hashlib.sha256(
-        b"\0".join(path.read_bytes() for path in sources) + " ".join([*COMPILE, optimise, *defines]).encode()
+        b"\0".join(path.read_bytes() for path in sources) + " ".join([*COMPILE, *options, *defines]).encode()
     )
     library = BUILD / f"{Path(program).stem}_{digest.hexdigest()[:16]}.so"
     if not library.exists():
@@ -41,7 +41,7 @@ def build(program: str, *defines: str, kernels: Path = KERNELS, optimise: str = 
         unfinished = library.with_suffix(f".{id(digest)}.tmp")
         command = [
             *COMPILE,
-            optimise,
+            *options,
             *(f"-D{define}" for define in defines),
             f"-I{EMULATOR}",
             f"-I{kernels}",
@@ -122,9 +122,11 @@ class Run:
 class Kernels:
     """The kernels of one element type and head dimension."""
 
-    def __init__(self, dtype: torch.dtype, head_dim: int, kernels: Path = KERNELS, optimise: str = "-O2") -> None:
+    def __init__(
+        self, dtype: torch.dtype, head_dim: int, kernels: Path = KERNELS, options: tuple[str, ...] = OPTIONS
+    ) -> None:
         defines = (f"ELEMENT={ELEMENTS[dtype]}", f"HEAD_DIM={head_dim}")
-        path = build("kernels.cpp", *defines, kernels=kernels, optimise=optimise)
+        path = build("kernels.cpp", *defines, kernels=kernels, options=options)
         self._library = ctypes.CDLL(str(path))
         self._library.emulator_log.restype = ctypes.c_char_p
         self._library.emulator_counters.restype = ctypes.POINTER(Counters)

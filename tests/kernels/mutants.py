@@ -130,7 +130,7 @@ def _judge(mutant: Mutant | None, sender: Connection) -> None:
         changed = Path(shutil.copytree(KERNELS, Path(folder) / "cuda"))
         if mutant is not None:
             mutant.apply(changed)
-        library = Kernels(torch.bfloat16, HEAD_DIM, kernels=changed, optimise="-O1")
+        library = Kernels(torch.bfloat16, HEAD_DIM, kernels=changed, options=("-O1", "-w"))
         sender.send(_first_complaint(library))
 
 

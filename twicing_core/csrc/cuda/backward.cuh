@@ -86,7 +86,7 @@ DEVICE void pack_all(uint32_t (&a)[COLUMNS / 2][4], const float (&c)[COLUMNS][4]
 
 // dU and delta.
 template <class T, int DIM>
-__global__ void __launch_bounds__(BackwardTiling<DIM>::THREADS) backward_u(const BackwardParams p) {
+__global__ void __launch_bounds__(BackwardTiling<DIM>::THREADS, 1) backward_u(const BackwardParams p) {
   using Tiling = BackwardTiling<DIM>;
   constexpr int OWN = Tiling::OWN, OTHER = Tiling::OTHER, THREADS = Tiling::THREADS;
   const Problem& problem = p.problem;
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(BackwardTiling<DIM>::THREADS) backward_u(const
 
 // dV and dK of 64 keys, summed over the query heads that share them; with ADD_QUERY also their part of dQ.
 template <class T, int DIM, bool ADD_QUERY>
-__global__ void __launch_bounds__(BackwardTiling<DIM>::THREADS) backward_keys(const BackwardParams p) {
+__global__ void __launch_bounds__(BackwardTiling<DIM>::THREADS, 1) backward_keys(const BackwardParams p) {
   using Tiling = BackwardTiling<DIM>;
   constexpr int OWN = Tiling::OWN, OTHER = Tiling::OTHER, THREADS = Tiling::THREADS, STAGES = Tiling::STAGES;
   const Problem& problem = p.problem;
@@ -295,7 +295,7 @@ __global__ void __launch_bounds__(BackwardTiling<DIM>::THREADS) backward_keys(co
 
 // dQ of 64 queries, all of it.
 template <class T, int DIM>
-__global__ void __launch_bounds__(BackwardTiling<DIM>::THREADS) backward_query(const BackwardParams p) {
+__global__ void __launch_bounds__(BackwardTiling<DIM>::THREADS, 1) backward_query(const BackwardParams p) {
   using Tiling = BackwardTiling<DIM>;
   constexpr int OWN = Tiling::OWN, OTHER = Tiling::OTHER, THREADS = Tiling::THREADS;
   const Problem& problem = p.problem;

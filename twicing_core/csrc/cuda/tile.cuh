@@ -8,6 +8,8 @@
 //   b[0..1]  column g;               rows 2t, 2t+1 of the first, then of the second half of k
 //   c[0..3]  rows g, g, g+8, g+8;    columns 2t, 2t+1, 2t, 2t+1
 // So two neighbouring c fragments, packed, are an a fragment: a product's result is the next product's left operand.
+//
+// Kernels are declared with __launch_bounds__(threads, 1): without the 1, ptxas spills to fit one more block on an SM.
 #pragma once
 #include "problem.cuh"
 
