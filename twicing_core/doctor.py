@@ -44,7 +44,7 @@ def _print_machine() -> None:
     print(f"compiler       {shutil.which(compiler) or f'{compiler} not found'}")
     print(f"fused kernels  {f'none: {unavailable}' if unavailable else build.library()}")
     if unavailable is None:
-        bfloat16 = "bfloat16 (AMX)" if torch.ops.twicing.multiplies_bfloat16() else "float32 (no AMX)"
+        bfloat16 = "bfloat16 (AMX)" if _multiplies_bfloat16() else "float32 (no AMX)"
         print(f"  products     of bfloat16 in {bfloat16}, of float16 and float32 in float32")
     print(f"CUDA           {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no device'}")
 
@@ -60,6 +60,10 @@ def _print_choice(query: torch.Tensor, arguments: argparse.Namespace) -> None:
         else:
             print(f"    {name:10s} {'yes' if chosen else 'yes: auto takes it'}")
             chosen = True
+
+
+def _multiplies_bfloat16() -> bool:
+    return bool(torch.ops.twicing.multiplies_bfloat16())
 
 
 def _name(dtype: torch.dtype) -> str:

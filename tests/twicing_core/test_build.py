@@ -83,7 +83,7 @@ def test_a_damaged_library_is_no_reason_to_stop(tmp_path, monkeypatch):
     monkeypatch.setenv("TWICING_CACHE", str(tmp_path))
     monkeypatch.setattr(build, "_compile", lambda command, path: path.write_text("not a library"))
     build.library()
-    notices = assert_does_without(start(tmp_path), ".so: ")
+    notices = assert_does_without(start(tmp_path), "library")
     assert len(notices) == 1
 
 
