@@ -35,10 +35,10 @@ def test_a_language_model_beats_the_bigram_model(launch, prepare, tmp_path):
         "model.heads=2",
         "model.mlp_width=344",
         "model.layers=2",
-        "train.steps=800",
-        "optimizer.lr=4e-3",
+        "train.steps=1500",
+        "optimizer.lr=3e-3",
         "evaluate.every_steps=0",
-        "checkpoint.every_steps=800",
+        "checkpoint.every_steps=1500",
     )
     assert job.wait(400) == 0, job.output
     losses = _report(tmp_path / "run")
