@@ -62,7 +62,8 @@ class Monitor:
         self.board = SummaryWriter(str(run_dir), purge_step=step + 1 if step else None)
         # TensorBoard renders Markdown: four leading spaces keep the YAML as it is.
         self.board.add_text("config", "\n".join("    " + line for line in config_yaml.splitlines()), step)
-        self._on_terminal = sys.stderr.isatty()
+        # A terminal that reports no width, as some recorders do, would show an empty bar.
+        self._on_terminal = sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
         self._bar = tqdm(
             total=total_steps,
             initial=step,
