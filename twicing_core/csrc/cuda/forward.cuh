@@ -108,7 +108,7 @@ DEVICE void online_softmax(float (&scores)[COLUMNS][4], float (&maximum)[2], flo
 }
 
 template <class T, int DIM, Pass PASS>
-__global__ void __launch_bounds__(ForwardTiling<DIM>::THREADS, 1) forward_kernel(const ForwardParams p) {
+__global__ void __launch_bounds__(ForwardTiling<DIM>::THREADS) forward_kernel(const ForwardParams p) {
   using Tiling = ForwardTiling<DIM>;
   constexpr int TILES = Tiling::TILES, KEYS = Tiling::KEYS, STAGE_BYTES = 2 * Tiling::TILE_BYTES;
   const Problem& problem = p.problem;
