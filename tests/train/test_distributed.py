@@ -44,6 +44,7 @@ def _disagree(ranks: Ranks, run_dir: str) -> None:
     ]:
         with pytest.raises(ValueError, match=f"hosts disagree .* about {subject}.*: {socket.gethostname()}"):
             check_agreement(ranks, mine, digest)
+    ranks.barrier()
     assert list(Path(run_dir).iterdir()) == []
 
 
