@@ -41,14 +41,15 @@ def mutant(planted: mutants.Mutant) -> tuple[float, str]:
 
 
 def compile_one(arguments: tuple[str, int, int]) -> tuple[float, str]:
-    """The "ratio" of compiled code is the bytes that its kernels spill."""
+    """The number of compiled code is the bytes that its worst kernel spills."""
+    spilled = 0
     try:
-        found = compiled.compile_kernels(*arguments)
-        for kernel in found:
+        for kernel in compiled.compile_kernels(*arguments):
+            spilled = max(spilled, kernel.spilled_bytes)
             compiled.check(kernel)
     except AssertionError as failure:
-        return 0.0, str(failure)
-    return float(sum(kernel.spilled_bytes for kernel in found)), ""
+        return spilled, str(failure)
+    return spilled, ""
 
 
 def _attempt(case: Case, check: Callable[[], float]) -> tuple[float, str]:
@@ -114,7 +115,7 @@ def main() -> int:
 
     attention_cases = result("forward", 0) + result("backward", 0)
     planted, missed = result("mutants", 0), result("mutants", 2)
-    spills = f"spills: {result('compiled', 1):.0f} bytes in {result('compiled', 0):.0f} compilations"
+    spills = f"spills: at most {result('compiled', 1):.0f} bytes in {result('compiled', 0):.0f} compilations"
     print(
         f"verified: {attention_cases} cases, worst error ratio {result('forward', 1):.2f} of 2 forward and "
         f"{result('backward', 1):.2f} of 3 backward, {planted - missed} of {planted} mutants caught, "

@@ -108,7 +108,7 @@ DEVICE void online_softmax(float (&scores)[COLUMNS][4], float (&maximum)[2], flo
 }
 
 template <class T, int DIM, Pass PASS>
-__global__ void __launch_bounds__(ForwardTiling<DIM>::THREADS) forward_kernel(const ForwardParams p) {
+__global__ void __launch_bounds__(ForwardTiling<DIM>::THREADS, 1) forward_kernel(const ForwardParams p) {
   using Tiling = ForwardTiling<DIM>;
   constexpr int TILES = Tiling::TILES, KEYS = Tiling::KEYS, STAGE_BYTES = 2 * Tiling::TILE_BYTES;
   const Problem& problem = p.problem;
@@ -212,6 +212,8 @@ __global__ void __launch_bounds__(ForwardTiling<DIM>::THREADS) forward_kernel(co
       }
   }
 
+  // Found again rather than kept: at 128 there is no register for it.
+  work = work_of(ptx::recompute(ptx::block_index()), problem.heads, problem.batch);
 #pragma unroll
   for (int t = 0; t < TILES; t++) {
 #pragma unroll
@@ -230,10 +232,8 @@ __global__ void __launch_bounds__(ForwardTiling<DIM>::THREADS) forward_kernel(co
       }
     }
     auto store = [&](const Tensor& tensor) {
-      // Found again rather than kept: at 128 there is no register for it.
-      const Work here = work_of(ptx::recompute(ptx::block_index()), problem.heads, problem.batch);
       const int tile_row = warp_row + t * 16;
-      store_rows<T, DIM>(output[t], query_tile, tile_row, tensor.rows(here.batch, here.head), tensor.row_stride,
+      store_rows<T, DIM>(output[t], query_tile, tile_row, tensor.rows(work.batch, work.head), tensor.row_stride,
                          first_row + tile_row, problem.seq);
     };
     if (PASS == FIRST) store(p.u);

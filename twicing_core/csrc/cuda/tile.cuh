@@ -9,8 +9,7 @@
 //   c[0..3]  rows g, g, g+8, g+8;    columns 2t, 2t+1, 2t, 2t+1
 // So two neighbouring c fragments, packed, are an a fragment: a product's result is the next product's left operand.
 //
-// The kernels of the backward are declared with __launch_bounds__(threads, 1): without the 1, ptxas spills to fit one
-// more block on an SM. Those of the forward are not: with it, head_dim 128 spills on sm_90.
+// Kernels are declared with __launch_bounds__(threads, 1): without the 1, ptxas spills to fit one more block on an SM.
 #pragma once
 #include "problem.cuh"
 
