@@ -8,10 +8,13 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import shutil
+import struct
 import subprocess
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import ptx
 import torch
 from emulated import ELEMENTS, KERNELS, REPOSITORY, Counters, Run, span_bytes
@@ -39,6 +42,49 @@ def compile_to_ptx(source: Path, architecture: int, *defines: str) -> str:
     return text.read_text()
 
 
+@dataclass(frozen=True)
+class Argument:
+    """An array that a kernel gets the address of. Plain arrays may be read and written."""
+
+    array: np.ndarray
+    writable: bool
+    written: bool
+
+
+def run_on_arrays(
+    kernel: ptx.Kernel,
+    *arguments: Argument | np.ndarray | bool | int | float,
+    blocks: int = 1,
+    threads: int = 32,
+    shared_bytes: int = 0,
+    resident: int = 32,
+    seed: int = 0,
+) -> ptx.Counts:
+    """Runs one kernel: arrays by address, numbers as C's bool, int and float. Raises ptx.PtxError."""
+    arrays = [Argument(each, True, True) if isinstance(each, np.ndarray) else each for each in arguments]
+    arrays = [each for each in arrays if isinstance(each, Argument)]
+    memory = ptx.Global([ptx.Buffer("", each.array.ctypes.data, each.array.nbytes, each.writable) for each in arrays])
+    for each in arrays:
+        if each.written:
+            memory.set_written(each.array.ctypes.data, each.array.nbytes)
+    memory.fetch()
+    parameters = b""
+    for offset, argument in zip(kernel.parameters.values(), arguments, strict=True):
+        parameters = parameters.ljust(offset, b"\0") + _bytes_of(argument)
+    launch = ptx.Launch(blocks, threads, shared_bytes, parameters, resident, seed)
+    counts = ptx.run(ptx.compile_kernel(kernel), memory, launch)
+    memory.give_back()
+    return counts
+
+
+def _bytes_of(argument: Argument | np.ndarray | bool | int | float) -> bytes:
+    if isinstance(argument, Argument):
+        argument = argument.array
+    if isinstance(argument, np.ndarray):
+        return struct.pack("Q", argument.ctypes.data)
+    return struct.pack({bool: "?", int: "i", float: "f"}[type(argument)], argument)
+
+
 class _Elsewhere(ctypes.Structure):
     """`simt::Elsewhere`"""
 
@@ -52,7 +98,7 @@ class _Elsewhere(ctypes.Structure):
 class Kernels(Emulated):
     """The kernels of one element type and head dimension, as PTX.
 
-    They are called as those of the emulator are; `seed` and `truncate` mean nothing here. A mistake is the run's log.
+    They are called as those of the emulator are, but `truncate` means nothing here. A mistake is the run's log.
     """
 
     def __init__(
@@ -66,7 +112,7 @@ class Kernels(Emulated):
 
     def _start(self, *arguments: object) -> None:
         super()._start(*arguments)
-        *_, cu_seqlens, inputs, outputs = arguments
+        seed, *_, cu_seqlens, inputs, outputs = arguments
         given = dict(inputs) if cu_seqlens is None else inputs | {"cu_seqlens": cu_seqlens}
         self._memory = ptx.Global(
             [
@@ -75,7 +121,7 @@ class Kernels(Emulated):
                 for name, tensor in tensors.items()
             ]
         )
-        self._log, self._launches = "", []
+        self._seed, self._log, self._launches = seed, "", []
         # Kept for as long as they may be called.
         self._callbacks = _Elsewhere(_Elsewhere.launch(self._launch), _Elsewhere.fill_zero(self._memory.set_written))
         self._library.emulator_hand_launches_to(self._callbacks)
@@ -89,7 +135,9 @@ class Kernels(Emulated):
         """Called by the host's part; what is raised here would be lost on the way back."""
         if self._log:
             return
-        launch = ptx.Launch(blocks, threads, shared_bytes, ctypes.string_at(parameters, size), self.resident)
+        launch = ptx.Launch(
+            blocks, threads, shared_bytes, ctypes.string_at(parameters, size), self.resident, self._seed
+        )
         self._memory.fetch()
         counters = Counters(blocks=blocks)
         try:

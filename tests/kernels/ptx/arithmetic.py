@@ -63,19 +63,38 @@ def multiply(instruction: Instruction, kernel: Kernel) -> Step:
         return elementwise(instruction, kernel, function, [kind] * (2 if name == "mul" else 3), kind)
     if kind.kind == "f" or name == "fma" or form not in (("lo",), ("wide",), ("hi",)):
         raise instruction.error("this form is not known to the interpreter")
-    wide = np.dtype(f"{kind.kind}{2 * kind.itemsize}") if kind.itemsize < 8 else kind
-    if form == ("hi",) and kind.itemsize == 8:
-        raise instruction.error("this form is not known to the interpreter")
+    bits = 8 * kind.itemsize
+    # Of twice the width, for which numpy has a type but for 128 bits; these occur only where the upper half is wanted.
+    wide = np.dtype(f"{kind.kind}{2 * kind.itemsize}") if bits < 64 else np.dtype(object if form == ("hi",) else kind)
     result = wide if form == ("wide",) else kind
 
     def product(a: Array, b: Array, c: Array | None = None) -> Array:
         exact = a.astype(wide) * b.astype(wide)
         if form == ("hi",):
-            exact = exact >> (8 * kind.itemsize)
-        exact = exact.astype(result)
+            exact = exact >> bits
+        exact = np.asarray(exact).astype(result)
         return exact if c is None else exact + c
 
     return elementwise(instruction, kernel, product, [kind, kind] + [result] * (name == "mad"), result)
+
+
+def leading_zeros(values: Array) -> Array:
+    return 32 - np.frexp(values.astype(np.float64))[1]  # a number's exponent is how many bits it takes
+
+
+def reverse_bits(values: Array) -> Array:
+    places = np.arange(32, dtype=np.uint32)
+    return ((values[..., None] >> places & np.uint32(1)) << places[::-1]).sum(axis=-1)
+
+
+COUNTED = {"clz": leading_zeros, "brev": reverse_bits, "popc": np.bitwise_count}
+
+
+@handles(*COUNTED)
+def count_bits(instruction: Instruction, kernel: Kernel) -> Step:
+    if type_of(instruction) != TYPES["b32"]:
+        raise instruction.error("this form is not known to the interpreter")
+    return elementwise(instruction, kernel, COUNTED[instruction.opcode[0]], [TYPES["b32"]], TYPES["b32"])
 
 
 @handles("bfi")

@@ -49,7 +49,7 @@ def _step(instruction: Instruction, kernel: Kernel) -> Step:
     step = handler(instruction, kernel)
     if instruction.predicate is None or instruction.opcode[0] == "bra":
         return step
-    if instruction.opcode[0] in ("mma", "ldmatrix", "shfl", "bar", "ret", "exit"):
+    if instruction.opcode[0] in ("mma", "ldmatrix", "shfl", "vote", "bar", "ret", "exit"):
         raise instruction.error("a predicate on this instruction is not known to the interpreter")
     taken = predicate(instruction)
     return lambda machine: machine.narrowed(taken(machine), step)

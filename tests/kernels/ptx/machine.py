@@ -7,12 +7,15 @@ length run as one. Registers are arrays with an element a thread; an instruction
 A thread waits at an instruction of its warp for the other 31, at `bar.sync` for the other threads of its block. One
 that reads a flag (`ld.acquire`, `ld.relaxed`, `ld.volatile`) then lets all others run as far as they can before it goes
 on, so that blocks may wait for each other.
+
+With a seed, warps of a block take turns instead: the one whose turn it is, of every block, runs on until it must wait.
+So a barrier that is missing shows as a read of what is not there yet.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -55,6 +58,7 @@ class Launch:
     shared_bytes: int
     parameters: bytes
     resident: int = 32  # blocks in flight at once; the others start when all of those have ended
+    seed: int = 0  # of the order of warps; 0: all together
 
 
 @dataclass
@@ -63,7 +67,6 @@ class Counts:
 
     mma: int = 0
     ldmatrix: int = 0
-    steps: int = field(default=0, repr=False)  # of the interpreter
 
 
 def run(program: Program, memory: Global, launch: Launch) -> Counts:
@@ -105,17 +108,19 @@ class Machine:
         self.copies: list[Copies] = []
         self.committed = np.zeros(self.threads, np.int64)  # groups of copies
         self.spins = 0  # turns since anything but flags being read
+        self._warp = thread // 32
+        self._random = np.random.default_rng(launch.seed)
+        self._turn = 0
         # The group that runs.
         self.index = 0
         self.group: slice | Array = slice(0, self.threads)
         self.whole_warps = True
 
     def run(self) -> None:
-        steps, leaders, counts = self.program.steps, self.program.leaders, self.counts
+        steps, leaders = self.program.steps, self.program.leaders
         try:
             while self._choose():
                 while not steps[self.index](self):
-                    counts.steps += 1
                     self.index += 1
                     if self.index in leaders:
                         self.place[self.group] = self.index
@@ -147,6 +152,10 @@ class Machine:
                 self.index = int(self.place[waiting[0]])
                 raise self._error(f"deadlock: waits for {WAITS_FOR[int(self.state[waiting[0]])]}", int(waiting[0]))
             return False
+        if self.launch.seed:
+            if not (ready & (self._warp == self._turn)).any():
+                self._turn = self._random.choice(np.unique(self._warp[ready]))
+            ready &= self._warp == self._turn
         self.index = int(self.place[ready].min())
         self._set_group(np.flatnonzero(ready & (self.place == self.index)))
         return True

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 ENTRY = re.compile(r"\.entry\s+(\w+)\s*\(([^)]*)\)([^{]*)\{")
-PARAMETER = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(\w+)(?:\[(\d+)\])?")
-SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.(\w+)\s+(\w+)(?:\[(\d*)\])?\s*;")
+PARAMETER = re.compile(
+    r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr[\s\w.]*\.align\s+\d+\s+)?(\w+)(?:\[(\d+)\])?"
+)
+SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.(\w+)\s+(\w+)(\[\d*\])?\s*;")
 STATEMENT = re.compile(r"\s*(?:(?P<brace>[{}])|(?P<label>[$\w]+):|(?P<statement>[^;{}]+(?:\{[^{}]*\}[^;{}]*)*);)")
 REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.+)", re.DOTALL)
 INSTRUCTION = re.compile(r"(?:@(!?)([%\w]+)\s+)?([\w.:]+)\s*(.*)", re.DOTALL)
@@ -90,11 +92,11 @@ def _kernel(text: str, entry: re.Match[str], end: int, shared: list[tuple[str, .
     for alignment, kind, name, count in shared:
         if not re.search(rf"\b{name}\b", body):
             continue
-        if count == "":  # `extern`: what is given at launch
+        if count == "[]":  # what is given at launch
             dynamic.append(name)
             continue
         kernel.shared[name] = _round_up(kernel.static_shared_bytes, int(alignment))
-        kernel.static_shared_bytes = kernel.shared[name] + _size(kind) * int(count or 1)
+        kernel.static_shared_bytes = kernel.shared[name] + _size(kind) * int(count.strip("[]") or 1)
     kernel.static_shared_bytes = _round_up(kernel.static_shared_bytes, 128)
     kernel.shared |= dict.fromkeys(dynamic, kernel.static_shared_bytes)
 

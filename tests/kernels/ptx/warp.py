@@ -107,16 +107,34 @@ def shuffle(instruction: Instruction, kernel: Kernel) -> Step:
     return collective(step)
 
 
+@handles("vote")
+def ballot(instruction: Instruction, kernel: Kernel) -> Step:
+    """To each lane: a bit for each, set where the predicate is true."""
+    if instruction.opcode != ("vote", "sync", "ballot", "b32"):
+        raise instruction.error("this form is not known to the interpreter")
+    destination, source, mask = instruction.operands
+    votes = reader(source, TYPES["pred"], instruction, kernel)
+    members = reader(mask, TYPES["u32"], instruction, kernel)
+
+    def step(machine: Machine) -> None:
+        check_members(np.broadcast_to(members(machine), machine.size()))
+        bits = votes(machine).reshape(-1, 32).astype(np.uint32) << np.arange(32, dtype=np.uint32)
+        machine.write(destination, np.repeat(bits.sum(axis=1).astype(np.uint32), 32))
+
+    return collective(step)
+
+
 def check_members(members: Array) -> None:
-    """Only whole warps are executed here, so that a mask must name all lanes."""
-    check(members & 0xFFFFFFFF == 0xFFFFFFFF, "a lane that its mask does not name")
+    """Whole warps have come here; each of their lanes must be one that it names itself."""
+    lane = np.arange(members.size) % 32
+    check(members.astype(np.int64) >> lane & 1 == 1, "a lane that its mask does not name")
 
 
 @handles("bar", "barrier")
 def barrier(instruction: Instruction, kernel: Kernel) -> Step:
     if instruction.opcode == ("bar", "warp", "sync"):
         members = reader(instruction.operands[0], TYPES["u32"], instruction, kernel)
-        return collective(lambda machine: check_members(members(machine).astype(np.int64)))
+        return collective(lambda machine: check_members(np.broadcast_to(members(machine), machine.size())))
     if instruction.opcode[1:] not in (("sync",), ("sync", "aligned")) or len(instruction.operands) > 1:
         raise instruction.error("this barrier is not known to the interpreter")
     return Machine.wait_for_block
