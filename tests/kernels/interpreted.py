@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import ptx
 import torch
+from cases import Case
 from emulated import ELEMENTS, KERNELS, REPOSITORY, Counters, Run, span_bytes
 from emulated import Kernels as Emulated
 
@@ -152,6 +153,23 @@ class Kernels(Emulated):
         if name not in self._programs:
             self._programs[name] = ptx.compile_kernel(self._kernels[name])
         return self._programs[name]
+
+
+def record_launches(dtype: torch.dtype, head_dim: int, case: Case) -> dict[str, ptx.Launch]:
+    """How the host launches each kernel for a problem, by symbol; nothing is run."""
+    library, launches = Emulated(dtype, head_dim), {}
+
+    def record(name: bytes, blocks: int, threads: int, shared_bytes: int, parameters: int, size: int) -> None:
+        launches[name.decode()] = ptx.Launch(blocks, threads, shared_bytes, b"")
+
+    callbacks = _Elsewhere(_Elsewhere.launch(record), _Elsewhere.fill_zero())
+    library._library.emulator_hand_launches_to(callbacks)
+    forward = library.forward(*case.inputs, **case.arguments())
+    if head_dim <= 128:
+        for deterministic in (False, True):
+            library.backward(forward, case.grad_output, *case.inputs, **case.arguments(), deterministic=deterministic)
+    library._library.emulator_hand_launches_to(_Elsewhere())
+    return launches
 
 
 @cache
