@@ -22,6 +22,7 @@ from emulated import ELEMENTS, KERNELS, REPOSITORY, Counters, Run, span_bytes
 from emulated import Kernels as Emulated
 
 BUILD = REPOSITORY / "build" / "ptx"
+SOURCES = ("kernels.cu",)  # which instantiate the kernels
 ARCHITECTURE = 80
 
 
@@ -96,20 +97,28 @@ class _Elsewhere(ctypes.Structure):
     _fields_ = [("to_launch", launch), ("to_fill_zero", fill_zero)]
 
 
-class Kernels(Emulated):
-    """The kernels of one element type and head dimension, as PTX.
+class AsPtx:
+    """What makes the emulator's kernels those that nvcc compiled, when it comes before their class.
 
     They are called as those of the emulator are, but `truncate` means nothing here. A mistake is the run's log.
     """
 
+    resident = 32  # blocks in flight at once
+
     def __init__(
-        self, dtype: torch.dtype, head_dim: int, architecture: int = ARCHITECTURE, kernels: Path = KERNELS
+        self,
+        dtype: torch.dtype,
+        head_dim: int,
+        *arguments: object,
+        architecture: int = ARCHITECTURE,
+        kernels: Path = KERNELS,
     ) -> None:
-        super().__init__(dtype, head_dim)
+        super().__init__(dtype, head_dim, *arguments)
         defines = (f"ELEMENT={ELEMENTS[dtype]}", f"HEAD_DIM={head_dim}")
-        self._kernels = ptx.parse(compile_to_ptx(kernels / "kernels.cu", architecture, *defines))
+        self._kernels: dict[str, ptx.Kernel] = {}
+        for source in SOURCES:
+            self._kernels |= ptx.parse(compile_to_ptx(kernels / source, architecture, *defines))
         self._programs: dict[str, ptx.Program] = {}
-        self.resident = 32  # blocks in flight at once
 
     def _start(self, *arguments: object) -> None:
         super()._start(*arguments)
@@ -150,9 +159,15 @@ class Kernels(Emulated):
         self._memory.give_back()
 
     def _program(self, name: str) -> ptx.Program:
+        if name not in self._kernels:
+            raise ptx.PtxError(f"not among the kernels that {', '.join(SOURCES)} instantiates")
         if name not in self._programs:
             self._programs[name] = ptx.compile_kernel(self._kernels[name])
         return self._programs[name]
+
+
+class Kernels(AsPtx, Emulated):
+    """Those of one element type and head dimension."""
 
 
 def record_launches(dtype: torch.dtype, head_dim: int, case: Case) -> dict[str, ptx.Launch]:
@@ -174,4 +189,4 @@ def record_launches(dtype: torch.dtype, head_dim: int, case: Case) -> dict[str, 
 
 @cache
 def kernels(dtype: torch.dtype, head_dim: int, architecture: int = ARCHITECTURE) -> Kernels:
-    return Kernels(dtype, head_dim, architecture)
+    return Kernels(dtype, head_dim, architecture=architecture)
