@@ -1,76 +1,149 @@
-"""What nvcc makes of the kernels: registers, spills and shared memory, against budgets."""
+"""What nvcc makes of the kernels, against budgets: registers, spills, shared memory, and the code of the main loops.
+
+    python tests/kernels/compiled.py [--head-dims 64,128] [--architectures 80,90]
+
+prints the numbers, and what follows from them by arithmetic: blocks in flight, and how long a step keeps each pipe busy.
+"""
 
 from __future__ import annotations
 
+import argparse
 import re
 import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
-from cases import HEAD_DIMS
+import costs
+import sass
+import torch
+from cases import HEAD_DIMS, Case
 from emulated import KERNELS
+from interpreted import record_launches
 
-ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-SPILLED_BYTES = dict.fromkeys(HEAD_DIMS, 0) | {256: 32}  # the budget of every kernel, by head_dim
-SHARED_BYTES = 99 * 1024  # what a block may have on the smallest of them: 86, 89 and 120
-KERNEL_NAME = re.compile(r"(forward_kernel|backward_u|backward_keys|backward_query|round_query)")
+ARCHITECTURES = tuple(costs.MULTIPROCESSORS)
+
+# Budgets. Of a block on the smallest of the architectures, which are 86, 89 and 120:
+SHARED_BYTES = 99 * 1024
+# By head_dim, of every kernel:
+SPILLED_BYTES = dict.fromkeys(HEAD_DIMS, 0) | {256: 32}
+REGISTERS = dict.fromkeys(HEAD_DIMS, 255)
+STRAY_EXPONENTIALS = 4  # reciprocals of integer divisions, which use the same unit
+
+SYMBOL = re.compile(r"_ZN7twicing(\d+)(\w+)")
 
 
 @dataclass(frozen=True)
 class Kernel:
     """One compiled kernel."""
 
-    name: str
+    name: str  # and template arguments after the head dimension: "forward_kernel<0>"
     dtype: str
     head_dim: int
     architecture: int
     registers: int
     spilled_bytes: int  # of stores: what is never stored is not loaded
     static_shared_bytes: int
+    loop: sass.Loop | None  # None: the kernel does not multiply
 
     def __str__(self) -> str:
-        return f"{self.name}<{self.dtype}, {self.head_dim}> on sm_{self.architecture}"
+        return f"{self.name} {self.dtype} {self.head_dim} on sm_{self.architecture}"
 
 
 def nvcc() -> str | None:
     return shutil.which("nvcc")
 
 
+def name_of(symbol: str) -> str:
+    """``forward_kernel<0>`` of ``_ZN7twicing14forward_kernelIN3ptx4Bf16ELi64ELNS_4PassE0EEEvNS_13ForwardParamsE``"""
+    found = SYMBOL.match(symbol)
+    assert found is not None, symbol
+    length = int(found[1])
+    arguments = re.findall(r"L(?:[a-z]|NS_\w+?E)(\d+)E", found[2][length:])[1:]
+    return found[2][:length] + (f"<{','.join(arguments)}>" if arguments else "")
+
+
 def compile_kernels(dtype: str, head_dim: int, architecture: int) -> list[Kernel]:
-    """Compiles all kernels of a type and head dimension, and reads what ptxas says of them."""
+    """Compiles all kernels of a type and head dimension; reads what ptxas says of them, and their code."""
     with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
         command = [str(nvcc()), "-std=c++17", "-O3", "-cubin", f"-arch=sm_{architecture}", "-Xptxas=-v"]
-        command += [f"-DELEMENT={dtype.capitalize()}", f"-DHEAD_DIM={head_dim}", "-o", f"{folder}/kernels.cubin"]
+        command += [f"-DELEMENT={dtype.capitalize()}", f"-DHEAD_DIM={head_dim}", "-o", str(cubin)]
         result = subprocess.run([*command, str(KERNELS / "kernels.cu")], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "warning" not in result.stderr, result.stderr
-    return [_read(part, dtype, head_dim, architecture) for part in result.stderr.split("Compiling entry function")[1:]]
+        assert result.returncode == 0, result.stderr
+        assert "warning" not in result.stderr, result.stderr
+        loops = sass.main_loops(cubin)
+    kernels = []
+    for part in result.stderr.split("Compiling entry function")[1:]:
+        symbol = part.split("'")[1]
+        numbers = [
+            _number(each, part) for each in (r"Used (\d+) reg", r"(\d+) bytes spill stores", r"(\d+) bytes smem")
+        ]
+        kernels.append(Kernel(name_of(symbol), dtype, head_dim, architecture, *numbers, loops[symbol]))
+    return kernels
 
 
-def _read(ptxas: str, dtype: str, head_dim: int, architecture: int) -> Kernel:
-    def number(pattern: str) -> int:
-        found = re.search(pattern, ptxas)
-        return int(found[1]) if found else 0
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    return int(found[1]) if found else 0
 
-    name = KERNEL_NAME.search(ptxas)
-    assert name is not None, ptxas
-    variant = "" if name[1] != "forward_kernel" else ("_first" if "PassE0E" in ptxas else "_second")
-    if name[1] == "backward_keys":
-        variant = "_adding_query" if "Lb1E" in ptxas else ""
-    return Kernel(
-        name[1] + variant,
-        dtype,
-        head_dim,
-        architecture,
-        number(r"Used (\d+) registers"),
-        number(r"(\d+) bytes spill stores"),
-        number(r"(\d+) bytes smem"),
-    )
+
+@cache
+def shared_bytes(head_dim: int) -> dict[str, int]:
+    """What the host gives the kernels, by name."""
+    launches = record_launches(torch.bfloat16, head_dim, Case("bf16", head_dim, 1))
+    return {name_of(symbol): launch.shared_bytes for symbol, launch in launches.items()}
 
 
 def check(kernel: Kernel) -> None:
-    """Raises AssertionError where a budget is exceeded."""
+    """Raises AssertionError where a budget is exceeded, or the main loop is not what the tiling says."""
     assert kernel.spilled_bytes <= SPILLED_BYTES[kernel.head_dim], f"{kernel} spills {kernel.spilled_bytes} bytes"
-    assert kernel.static_shared_bytes == 0, f"{kernel}: shared memory is to be given at launch"
-    assert kernel.registers <= 255
+    assert kernel.registers <= REGISTERS[kernel.head_dim], f"{kernel} takes {kernel.registers} registers"
+    given = shared_bytes(kernel.head_dim)[kernel.name] + kernel.static_shared_bytes
+    assert given <= SHARED_BYTES, f"{kernel} takes {given} bytes of shared memory"
+    if kernel.loop is None:
+        return
+    assert kernel.name in costs.STEPS, f"{kernel.name}: its main loop's instructions are to be told in costs.py"
+    step, found = costs.STEPS[kernel.name](kernel.head_dim), kernel.loop.opcodes
+    expected = {"HMMA": step.in_code("mma"), "LDSM": step.in_code("ldmatrix"), "BAR": step.barriers}
+    for opcode, count in expected.items():
+        assert found[opcode] == count, f"{kernel}: {found[opcode]} {opcode} in the main loop, not {count}"
+    assert 0 <= found["MUFU"] - step.exponentials <= STRAY_EXPONENTIALS, f"{kernel}: {found['MUFU']} MUFU"
+    assert found["LDGSTS"] > 0, f"{kernel}: nothing is copied while the main loop computes"
+    if SPILLED_BYTES[kernel.head_dim] == 0:
+        assert found["LDL"] + found["STL"] == 0, f"{kernel}: local memory in the main loop"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--head-dims", default="64,128")
+    parser.add_argument("--architectures", default="80,90")
+    arguments = parser.parse_args()
+    print(
+        "| kernel | head_dim | sm | registers | spilled | shared KB | blocks/SM | HMMA | LDSM | MUFU | instructions |"
+        " tensor | shared | MUFU | issue |\n" + "|---" * 15 + "|"
+    )
+    for head_dim in map(int, arguments.head_dims.split(",")):
+        for architecture in map(int, arguments.architectures.split(",")):
+            for kernel in compile_kernels("bf16", head_dim, architecture):
+                if kernel.loop is not None:
+                    print(row(kernel))
+
+
+def row(kernel: Kernel) -> str:
+    """A line of the table: cycles are of a block's step, a pipe of an SM each."""
+    assert kernel.loop is not None
+    step, given = costs.STEPS[kernel.name](kernel.head_dim), shared_bytes(kernel.head_dim)[kernel.name]
+    blocks = costs.blocks_in_flight(kernel.architecture, costs.THREADS, kernel.registers, given)
+    instructions = kernel.loop.run(step.trips())
+    opcodes = [kernel.loop.opcodes[name] for name in ("HMMA", "LDSM", "MUFU")]
+    busy = [f"{cycles:.0f}" for cycles in costs.cycles(step, kernel.architecture, instructions).values()]
+    numbers = [kernel.registers, kernel.spilled_bytes, f"{given / 1024:.0f}", blocks, *opcodes, instructions, *busy]
+    cells = [kernel.name, kernel.head_dim, kernel.architecture, *numbers]
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+if __name__ == "__main__":
+    main()

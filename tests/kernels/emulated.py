@@ -213,11 +213,10 @@ class Kernels:
             inputs = inputs | {"cu_seqlens": cu_seqlens}
         for writable, tensors in ((False, inputs), (True, outputs)):
             for name, tensor in tensors.items():
-                span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
                 self._library.emulator_buffer(
                     name.encode(),
                     ctypes.c_void_p(tensor.data_ptr()),
-                    ctypes.c_size_t(span * tensor.element_size()),
+                    ctypes.c_size_t(span_bytes(tensor)),
                     ctypes.c_bool(writable),
                     ctypes.c_bool(False),
                 )
@@ -232,6 +231,12 @@ class Kernels:
 @cache
 def kernels(dtype: torch.dtype, head_dim: int) -> Kernels:
     return Kernels(dtype, head_dim)
+
+
+def span_bytes(tensor: Tensor) -> int:
+    """From a tensor's first element to its last, gaps included."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
 
 
 def poison(like: Tensor) -> Tensor:

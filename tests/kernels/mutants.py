@@ -1,7 +1,8 @@
 """Planted bugs: each is a change of the kernels' source that the verification must notice.
 
 Every barrier and every wait is deleted once, by search, so that a new one is covered without a word here; the others
-are mistakes that such kernels are prone to.
+are mistakes that such kernels are prone to. The emulator judges them all but those in the instructions themselves
+(ptx.cuh), which a host compiler never sees: these are for the interpreter of PTX.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import interpreted
 import torch
-from cases import Case
+from cases import DTYPES, Case
 from emulated import KERNELS, Kernels
 from verification import check_backward, check_forward
 
 HEAD_DIM = 32
 TIMEOUT_S = 300
 CASES = (Case("bf16", HEAD_DIM, 150, causal=True, grouped=True), Case("bf16", HEAD_DIM, 100, packed=True))
+HALF_CASE = Case("fp16", HEAD_DIM, 70)  # beside them for the instructions, some of which are of this type only
 SYNCHRONISATION = re.compile(r"ptx::(sync_block|sync_warp|cp_async_wait<[^>]*>)\(\);")
 
 
@@ -35,6 +38,10 @@ class Mutant:
     original: str
     replacement: str
     after: str = ""
+
+    @property
+    def by_interpreter(self) -> bool:
+        return self.file == "ptx.cuh"
 
     def apply(self, folder: Path) -> None:
         path = folder / self.file
@@ -93,9 +100,54 @@ MISTAKES = (
     Mutant("dQ stored, not added", "backward.cuh", "ptx::reduce_add_global(", "ptx::store_global("),
 )
 
+BF16_MMA = "DEVICE void mma_m16n8k16(Bf16"
+INSTRUCTIONS = (
+    Mutant(
+        "mma: rows of the left operand swapped", "ptx.cuh", '"r"(a[0]), "r"(a[1])', '"r"(a[1]), "r"(a[0])', BF16_MMA
+    ),
+    Mutant(
+        "mma: halves of the left operand swapped", "ptx.cuh", '"r"(a[1]), "r"(a[2])', '"r"(a[2]), "r"(a[1])', BF16_MMA
+    ),
+    Mutant("mma: halves of the right operand swapped", "ptx.cuh", '"r"(b0), "r"(b1)', '"r"(b1), "r"(b0)', BF16_MMA),
+    Mutant("mma: accumulators in another order", "ptx.cuh", "{%0,%1,%2,%3};", "{%0,%2,%1,%3};", BF16_MMA),
+    Mutant("mma: accumulators only written", "ptx.cuh", '"+f"(d[1])', '"=f"(d[1])', BF16_MMA),
+    Mutant("mma: elements taken for fp16", "ptx.cuh", "f32.bf16.bf16.f32", "f32.f16.f16.f32"),
+    Mutant("mma: elements taken for bf16", "ptx.cuh", "f32.f16.f16.f32", "f32.bf16.bf16.f32"),
+    Mutant("ldmatrix: .trans dropped", "ptx.cuh", "x4.trans.shared", "x4.shared"),
+    Mutant("ldmatrix: .trans where none belongs", "ptx.cuh", "x4.shared", "x4.trans.shared"),
+    Mutant("ldmatrix: matrices swapped", "ptx.cuh", '"=r"(r[1]), "=r"(r[2])', '"=r"(r[2]), "=r"(r[1])', "ldmatrix_x4("),
+    Mutant("cp.async: half of 16 bytes", "ptx.cuh", "valid ? 16 : 0", "valid ? 8 : 0"),
+    Mutant("cp.async: 8 bytes past the L1 cache", "ptx.cuh", "[%1], 16, %2", "[%1], 8, %2"),
+    Mutant("cp.async: rows past the end are read", "ptx.cuh", "[%1], 16, %2", "[%1], 16"),
+    Mutant("cp.async: statistics past the end are read", "ptx.cuh", "[%1], 4, %2", "[%1], 4"),
+    Mutant("cp.async: groups never committed", "ptx.cuh", "cp.async.commit_group;", ""),
+    Mutant("cp.async: one group too many may be pending", "ptx.cuh", '"n"(PENDING)', '"n"(PENDING + 1)'),
+    Mutant("a warp's barrier for the block's", "ptx.cuh", "__syncthreads()", "__syncwarp()"),
+    Mutant("shuffle: mask of half a warp", "ptx.cuh", "0xffffffffu, value", "0x0000ffffu, value"),
+    Mutant("shuffle: up for xor", "ptx.cuh", "__shfl_xor_sync", "__shfl_up_sync"),
+    Mutant(
+        "exponential to another base",
+        "ptx.cuh",
+        "ex2.approx.ftz.f32 %0, %1",
+        "mul.f32 %0, %1, 0f3FB8AA3B; ex2.approx.f32 %0, %0",
+    ),
+    Mutant("square root for the reciprocal", "ptx.cuh", "rcp.approx", "sqrt.approx"),
+    Mutant("bf16: halves of a packed word swapped", "ptx.cuh", '"f"(high), "f"(low)', '"f"(low), "f"(high)'),
+    Mutant(
+        "fp16: halves of a packed word swapped", "ptx.cuh", '"f"(high), "f"(low)', '"f"(low), "f"(high)', "pack(Fp16"
+    ),
+    Mutant("fp16: packed as bf16", "ptx.cuh", "cvt.rn.f16x2", "cvt.rn.bf16x2"),
+    Mutant("fp16: low half read for the high one", "ptx.cuh", "%0, hi;", "%0, lo;"),
+    Mutant("ld.shared: a pair in reverse", "ptx.cuh", "ld.shared.v2.f32 {%0,%1}", "ld.shared.v2.f32 {%1,%0}"),
+    Mutant("ld.shared: four words out of order", "ptx.cuh", "v4.b32 {%0,%1,%2,%3}", "v4.b32 {%0,%1,%3,%2}"),
+    Mutant("st.global: four words out of order", "ptx.cuh", "v.word[2], v.word[3])", "v.word[3], v.word[2])"),
+    Mutant("stores that do not ask whether", "ptx.cuh", "if (valid) *static_cast<uint4*>", "*static_cast<uint4*>"),
+    Mutant("dQ: st for red", "ptx.cuh", "red.global.add.f32", "st.global.f32"),
+)
+
 
 def every_mutant() -> list[Mutant]:
-    return [*_without_synchronisation(), *MISTAKES]
+    return [*_without_synchronisation(), *MISTAKES, *INSTRUCTIONS]
 
 
 def _without_synchronisation() -> Iterator[Mutant]:
@@ -130,18 +182,28 @@ def _judge(mutant: Mutant | None, sender: Connection) -> None:
         changed = Path(shutil.copytree(KERNELS, Path(folder) / "cuda"))
         if mutant is not None:
             mutant.apply(changed)
-        library = Kernels(torch.bfloat16, HEAD_DIM, kernels=changed, options=("-O1", "-w"))
-        sender.send(_first_complaint(library))
+        sender.send(_first_complaint(changed, by_interpreter=mutant is not None and mutant.by_interpreter))
 
 
-def _first_complaint(library: Kernels) -> str:
+def _first_complaint(changed: Path, by_interpreter: bool) -> str:
+    def library(case: Case) -> Kernels:
+        if by_interpreter:
+            return interpreted.Kernels(DTYPES[case.dtype], HEAD_DIM, kernels=changed)
+        return Kernels(DTYPES[case.dtype], HEAD_DIM, kernels=changed, options=("-O1", "-w"))
+
+    # A seed: in PTX a missing barrier shows only where warps do not keep step.
+    options = {"seed": 1} if by_interpreter else {}
     try:
-        for case in CASES:
-            check_forward(case, library)
-            check_backward(case, library)
-            check_backward(case, library, deterministic=True)
+        for case in (*CASES, HALF_CASE) if by_interpreter else CASES:
+            compiled = library(case)
+            check_forward(case, compiled, **options)
+            for deterministic in (False, True):
+                check_backward(case, compiled, deterministic=deterministic, **options)
     except AssertionError as complaint:
         lines = str(complaint).splitlines()
-        # "case: n errors", then the emulator's first; or one line of what is wrong with the values.
-        return "emulator: " + lines[1].partition(", thread ")[2].partition(": ")[2] if len(lines) > 1 else lines[0]
+        if len(lines) == 1:  # of what is wrong with the values
+            return lines[0]
+        # "case: n errors", then the tool's first
+        place = r"PTX line \d+: " if by_interpreter else r".*?, thread \d+: "
+        return ("interpreter: " if by_interpreter else "emulator: ") + re.split(place, lines[1], maxsplit=1)[-1]
     return ""

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Callable
 
 import emulated
 import numpy as np
 import pytest
-import torch
 
 LANE = np.arange(32)
 GROUP, MEMBER = LANE // 4, LANE % 4  # "groupID" and "threadID_in_group" in the PTX ISA
@@ -46,62 +44,6 @@ def as_c(argument: object) -> object:
     return ctypes.c_float(argument) if isinstance(argument, float) else argument
 
 
-def bits(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    return torch.from_numpy(values).to(dtype).view(torch.int16).numpy().view(np.uint16)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_mma_takes_the_fragments_of_the_isa(probe: Callable[..., str], dtype: torch.dtype) -> None:
-    """Matrix fragments for mma.m16n8k16 with .f16/.bf16 elements: a0..a7, b0..b3 and c0..c3 of each lane."""
-    random = np.random.default_rng(0)
-    a, b, c = (random.integers(-8, 8, shape).astype(np.float32) for shape in ((16, 16), (16, 8), (16, 8)))
-
-    a_lane, b_lane, c_lane = np.zeros((32, 8), np.uint16), np.zeros((32, 4), np.uint16), np.zeros((32, 4), np.float32)
-    for i in range(8):
-        row = GROUP if i in (0, 1, 4, 5) else GROUP + 8
-        column = MEMBER * 2 + (i & 1) + (0 if i < 4 else 8)
-        a_lane[:, i] = bits(a[row, column], dtype)
-    for i in range(4):
-        b_lane[:, i] = bits(b[MEMBER * 2 + (i & 1) + (0 if i < 2 else 8), GROUP], dtype)
-    positions = [(GROUP if i < 2 else GROUP + 8, MEMBER * 2 + (i & 1)) for i in range(4)]
-    for i, position in enumerate(positions):
-        c_lane[:, i] = c[position]
-
-    assert probe("probe_mma", dtype == torch.bfloat16, a_lane, b_lane, c_lane) == ""
-    expected = c + a @ b
-    for i, position in enumerate(positions):
-        np.testing.assert_array_equal(c_lane[:, i], expected[position])
-
-
-@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "trans"])
-def test_ldmatrix_deals_out_rows_as_the_isa_says(probe: Callable[..., str], transposed: bool) -> None:
-    """Lane 8m + i addresses row i of matrix m; lane l gets elements 2(l % 4), +1 of row l / 4, or column."""
-    tile = np.arange(32 * 8, dtype=np.uint16)
-    order = np.random.default_rng(1).permutation(32)
-    result = np.zeros((32, 4, 2), np.uint16)
-    assert probe("probe_ldmatrix", tile, tile.size // 2, transposed, (order * 16).astype(np.uint32), result) == ""
-
-    matrices = tile.reshape(32, 8)[order].reshape(4, 8, 8)
-    for matrix in range(4):
-        source = matrices[matrix].T if transposed else matrices[matrix]
-        np.testing.assert_array_equal(result[:, matrix, 0], source[GROUP, MEMBER * 2])
-        np.testing.assert_array_equal(result[:, matrix, 1], source[GROUP, MEMBER * 2 + 1])
-
-
-@pytest.mark.parametrize("mask", [1, 2, 16])
-def test_shuffle(probe: Callable[..., str], mask: int) -> None:
-    values = LANE.astype(np.float32)
-    assert probe("probe_shuffle", values, mask) == ""
-    np.testing.assert_array_equal(values, LANE ^ mask)
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_cp_async_brings_bytes_or_zeros(probe: Callable[..., str], seed: int) -> None:
-    source, result = np.arange(1, 129, dtype=np.uint32), np.zeros((32, 4), np.uint32)
-    assert probe("probe_cp_async", source, result, seed=seed, buffers={"source": (source, False)}) == ""
-    np.testing.assert_array_equal(result, np.where(LANE[:, None] % 2 == 0, source.reshape(32, 4), 0))
-
-
 @pytest.mark.parametrize(("pending", "group", "complaint"), [(0, 1, False), (1, 0, False), (1, 1, True)])
 def test_cp_async_may_be_read_only_after_its_wait(
     probe: Callable[..., str], pending: int, group: int, complaint: bool
@@ -111,26 +53,6 @@ def test_cp_async_may_be_read_only_after_its_wait(
     assert ("copy in flight" in log) == complaint
     # The neighbouring lane's half of the pair: this lane's wait says nothing of it.
     assert complaint or "read after write" in log
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("value", [1.0, -3.1415927, 1.00390625, 1e-7, 7e4, -1e39, 0.0])
-def test_pack_rounds_to_nearest_even(probe: Callable[..., str], dtype: torch.dtype, value: float) -> None:
-    word, unpacked = np.zeros(1, np.uint32), np.zeros(2, np.float32)
-    probe("probe_pack", dtype == torch.bfloat16, value, 1.0, word, unpacked)
-    rounded = torch.tensor([value], dtype=torch.float32).to(dtype)
-    assert word[0] & 0xFFFF == rounded.view(torch.int16).item() & 0xFFFF
-    assert unpacked.tolist() == [rounded.float().item(), 1.0]
-
-
-@pytest.mark.parametrize("value", [0.0, -math.inf, 1.0, -3.5, 0.75])
-def test_math(probe: Callable[..., str], value: float) -> None:
-    """Of the special values, those that kernels rely on: 2^-inf = 0."""
-    results = np.zeros(3, np.float32)
-    probe("probe_math", value, results)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        x = np.float32(value)
-        np.testing.assert_allclose(results, [np.exp2(x), np.log2(x), 1 / x], rtol=1e-6)
 
 
 @pytest.mark.parametrize("read_first", [False, True], ids=["read_after_write", "write_after_read"])

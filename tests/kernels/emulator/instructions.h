@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "elsewhere.h"
 #include "simt.h"
 
 #define DEVICE inline __attribute__((always_inline))
@@ -277,11 +278,17 @@ constexpr Status SUCCESS = 0;
 
 template <class Kernel, class Parameters>
 Status launch(Kernel kernel, int64_t blocks, int threads, int shared_bytes, Stream, const Parameters& p) {
-  simt::launch([&] { kernel(p); }, blocks, threads, shared_bytes);
+  if (simt::elsewhere.launch) {
+    const char* symbol = simt::symbol_of(reinterpret_cast<const void*>(kernel));
+    simt::elsewhere.launch(symbol, blocks, threads, shared_bytes, &p, sizeof p);
+  } else {
+    simt::launch([&] { kernel(p); }, blocks, threads, shared_bytes);
+  }
   return SUCCESS;
 }
 inline Status fill_zero(void* address, size_t bytes, Stream) {
   std::memset(address, 0, bytes);
+  if (simt::elsewhere.fill_zero) simt::elsewhere.fill_zero(address, bytes);
   for (simt::Buffer& buffer : simt::machine.buffers)
     if (buffer.begin == address)
       for (simt::Word& word : buffer.words) word.written = true;

@@ -74,6 +74,28 @@ void probe_math(float x, float* results) {
   }, 1, 32, 0);
 }
 
+// The other ways to shared and global memory.
+void probe_memory(const uint32_t* words, uint32_t* pairs, float* float_pairs, uint32_t* fours, float* sum) {
+  simt::launch([&] {
+    const int lane = thread_index();
+    for (int i = 0; i < 4; i++) {
+      const uint32_t word = load_global(static_cast<const void*>(words + lane * 4 + i), true);
+      store_shared(lane * 16 + i * 4, word);
+    }
+    sync_block();
+    uint32_t pair[2];
+    float float_pair[2];
+    load_shared(lane * 8, pair);
+    load_shared(lane * 8, float_pair);
+    for (int i = 0; i < 2; i++) {
+      store_global(pairs + lane * 2 + i, pair[i], lane % 2 == 0);
+      store_global(float_pairs + lane * 2 + i, float_pair[i], lane % 2 == 0);
+    }
+    store_global_16(fours + lane * 4, load_shared_16(lane * 16), lane % 2 == 1);
+    reduce_add_global(sum, load_global(sum + 1, lane % 2 == 0) + lane, lane % 3 == 0);
+  }, 1, 32, 512);
+}
+
 // Threads read what others store: with a barrier of the block between (0), with none (1), with one of the warp (2).
 void probe_barrier(int threads, int barrier, bool read_first) {
   simt::launch([&] {
