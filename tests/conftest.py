@@ -111,26 +111,33 @@ Launch = Callable[..., Job]
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Launch]:
-    """Starts `launcher CONFIG key=value...` with two ranks; jobs still running at the end of the test are killed."""
+    """Starts `launcher CONFIG key=value...` with two or so ranks; jobs still running at the end of the test are killed."""
     jobs: list[Job] = []
 
-    def start(config: str, run_dir: Path, *overrides: str, launcher: str = "deepspeed", port: str | None = None) -> Job:
+    def start(
+        config: str,
+        run_dir: Path,
+        *overrides: str,
+        launcher: str = "deepspeed",
+        port: str | None = None,
+        ranks: int = 2,
+    ) -> Job:
         commands = {
             "deepspeed": [
                 "deepspeed",
-                "--num_accelerators=2",
+                f"--num_accelerators={ranks}",
                 f"--master_port={port or free_port()}",
                 "--module",
                 "train",
             ],
-            "torchrun": ["torchrun", "--standalone", "--nproc-per-node=2", "-m", "train"],
+            "torchrun": ["torchrun", "--standalone", f"--nproc-per-node={ranks}", "-m", "train"],
             "local.sh": ["launch/local.sh"],
             "python": [sys.executable, "-m", "train"],
         }
         environment = os.environ | {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "OMP_NUM_THREADS": "1",
-            "RANKS": "2",
+            "RANKS": str(ranks),
             "PYTHONPATH": str(REPOSITORY),
         }
         log = tmp_path / f"output_{len(jobs)}.txt"

@@ -1,16 +1,16 @@
 """Checkpoints: a directory for each step, complete or absent.
 
     RUN/checkpoints/step_00000130/
-        engine/            DeepSpeed's own files: weights, optimizer state, loss scale
-        rng_00000.pt       random number generators, a file a rank
-        model.safetensors  the weights whole, for generate, evaluate and model.init_from
-        state.json         step, samples consumed, config, data digest
-        checksums.json     sha256 of all of the above
+        state_00000.safetensors   a rank's part of weights and optimizer state, and its random number generators
+        model.safetensors         the weights whole, for generate, evaluate and model.init_from
+        state.json                step, samples consumed, config, data digest
+        checksums.json            sha256 of all of the above
     RUN/checkpoints/latest   names the newest
 
 A save writes everything into `.step_00000130.partial`, flushes it to disk, makes it visible by one rename and moves `latest`
-last, so that a crash at any moment leaves the one before intact. DeepSpeed's files are pickles, which can run code when
-they are loaded: only files that a checkpoint's own checksums name and match are ever opened.
+last, so that a crash at any moment leaves the one before intact. In the background, only copying the state to the host's
+memory holds up training: files are written by a thread, and the ranks publish them together between two later steps.
+No file is a pickle, and only those that a checkpoint's own checksums name and match are opened.
 """
 
 from __future__ import annotations
@@ -19,22 +19,26 @@ import hashlib
 import json
 import os
 import shutil
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from train import engine as engines
+from train import training_state, zero
 from train.distributed import Ranks
 from train.run_directory import checkpoint_name, checkpoint_steps
 
-ENGINE_TAG = "engine"
 CHECKSUMS = "checksums.json"
+WRITE_ERRORS = (OSError, SafetensorError)
+Checksums = dict[str, str]  # sha256 by file name
 
 
 class CheckpointError(RuntimeError):
@@ -58,65 +62,92 @@ class State:
 
 
 class Checkpoints:
-    """The checkpoints of one run."""
+    """The checkpoints of one run. `in_background` writes them while training goes on, one at a time."""
 
-    def __init__(self, run_dir: str | Path, ranks: Ranks, keep: int) -> None:
+    def __init__(self, run_dir: str | Path, ranks: Ranks, keep: int, in_background: bool = False) -> None:
         self.directory = Path(run_dir) / "checkpoints"
         self._ranks = ranks
         self._keep = keep
+        self._in_background = in_background
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._pending: tuple[int, Future[Checksums]] | None = None  # step and files of the save under way
+        self._copies: dict[str, Tensor] = {}  # on the host; kept, since fresh memory is slow to fill
 
-    def save(self, engine: Any, state: State) -> Path:
-        """Writes the checkpoint of `state.step`; every rank must call it.
+    def save(self, engine: Any, state: State) -> None:
+        """Starts to save `state.step`, after waiting for the save before it; every rank must call it, and later `finish`.
+
+        In the background the engine may train on at once, otherwise only after `finish`.
 
         Raises:
-            CheckpointError: on all ranks, when one of them can't write (disk full, quota, read-only mount).
+            CheckpointError: on all ranks, when one of them can't write this or the one before (disk full, read-only mount).
         """
-        final = self.directory / checkpoint_name(state.step)
-        partial = self.directory / f".{final.name}.partial"
-        try:
-            self._write(engine, state, partial)
-            with self._writing():
-                if self._ranks.is_main:
-                    self._publish(partial, final)
-        except ValueError as error:
+        self.finish()
+        partial = self._partial(state.step)
+        with self._errors(state.step):
             if self._ranks.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+        tensors, header = training_state.collect(engine)
+        weights = engines.full_state_dict(engine, self._ranks.is_main)
+        if self._in_background:
+            tensors = self._copy(tensors)
+        files = {training_state.file_name(self._ranks.rank): (tensors, header)}
+        texts = {}
+        if self._ranks.is_main:
+            files["model.safetensors"] = weights, {}
+            texts["state.json"] = json.dumps(state.__dict__, indent=1)
+        self._pending = state.step, self._thread.submit(_write, partial, files, texts)
+
+    def is_written(self) -> bool:
+        """Whether this rank has written its files of the save under way, or could not: time to `finish`."""
+        return self._pending is not None and self._pending[1].done()
+
+    def finish(self) -> Path | None:
+        """Waits for the save under way and makes it visible; None where there is none. Every rank must call it.
+
+        Raises:
+            CheckpointError: as `save` does.
+        """
+        if self._pending is None:
+            return None
+        (step, writing), self._pending = self._pending, None
+        partial, final = self._partial(step), self.directory / checkpoint_name(step)
+        with self._errors(step):
+            mine = writing.result()
+        checksums = self._merge(mine)
+        with self._errors(step):
+            if self._ranks.is_main:
+                _write_flushed(partial / CHECKSUMS, json.dumps(checksums, indent=1))
+                self._publish(partial, final)
+        return final
+
+    def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors in the host's memory, safe from the next step."""
+        for name, tensor in tensors.items():
+            if name not in self._copies:
+                self._copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            self._copies[name].copy_(tensor)
+        return self._copies
+
+    @contextmanager
+    def _errors(self, step: int) -> Iterator[None]:
+        """An error of writing on any rank becomes CheckpointError on all; what there is of the checkpoint is removed."""
+        try:
+            with self._ranks.fail_together(*WRITE_ERRORS):
+                yield
+        except ValueError as error:
+            if self._ranks.is_main:
+                shutil.rmtree(self._partial(step), ignore_errors=True)
             self._ranks.barrier()
             newest = self.steps()[-1:]
             raise CheckpointError(
-                f"the checkpoint of step {state.step} could not be written in {self.directory} ({error}). Make room or make "
+                f"the checkpoint of step {step} could not be written in {self.directory} ({error}). Make room or make "
                 "it writable, then start the same command again: it continues "
                 + (f"after step {newest[0]}" if newest else "from the beginning")
             ) from None
-        return final
 
-    def _write(self, engine: Any, state: State, partial: Path) -> None:
-        with self._writing():
-            if self._ranks.is_main:
-                shutil.rmtree(partial, ignore_errors=True)
-                (partial / ENGINE_TAG).mkdir(parents=True)
-        with self._writing():
-            writer = engine.checkpoint_engine = _PatientWriter()
-            # The one file that DeepSpeed does not give to its writer: a script, useless beside model.safetensors.
-            engine._copy_recovery_script = lambda path: None
-            engine.save_checkpoint(str(partial), tag=ENGINE_TAG, save_latest=False)
-            writer.raise_error()
-            torch.save(_random_state(), partial / f"rng_{self._ranks.rank:05d}.pt")
-        weights = engines.full_state_dict(engine, self._ranks.is_main)
-        with self._writing():
-            if self._ranks.is_main:
-                save_file(weights, partial / "model.safetensors")
-                (partial / "state.json").write_text(json.dumps(state.__dict__, indent=1))
-        with self._writing():
-            mine = self._my_checksums(partial, flush=True)
-        checksums = self._merge(mine)
-        with self._writing():
-            if self._ranks.is_main:
-                _write_flushed(partial / CHECKSUMS, json.dumps(checksums, indent=1))
-
-    def _writing(self) -> AbstractContextManager[None]:
-        """An error of writing on any rank is raised as ValueError on all. torch reports a full disk as RuntimeError."""
-        return self._ranks.fail_together(OSError, RuntimeError, SafetensorError)
+    def _partial(self, step: int) -> Path:
+        return self.directory / f".{checkpoint_name(step)}.partial"
 
     def _publish(self, partial: Path, final: Path) -> None:
         if final.exists():  # saved before, but left behind by a fallback to an older one
@@ -128,13 +159,13 @@ class Checkpoints:
         for step in self.steps()[: -self._keep]:
             shutil.rmtree(self.directory / checkpoint_name(step))
 
-    def load_newest(self, engine: Any, world_size: int) -> State | None:
-        """Restores the newest intact checkpoint and returns its state; None where the run has none.
+    def load_newest(self, engine: Any) -> State | None:
+        """Restores the newest intact checkpoint, whatever ranks and stage wrote it; None where the run has none.
 
         A damaged one is reported, set aside under a name that starts with `damaged_`, and the one before it is tried.
 
         Raises:
-            ValueError: all are damaged, or the newest was written by another number of ranks.
+            ValueError: all are damaged, or the newest intact one is of another model.
         """
         steps = self.steps()
         if not steps:
@@ -143,29 +174,16 @@ class Checkpoints:
             checkpoint = self.directory / checkpoint_name(step)
             problem = self._problem(checkpoint)
             if problem is None:
-                return self._restore(engine, checkpoint, world_size)
+                state = State.read(checkpoint)
+                with self._ranks.fail_together():
+                    training_state.restore(engine, checkpoint, state.world_size)
+                zero.refresh_weights(engine)
+                return state
             self._set_aside(checkpoint, problem)
         raise ValueError(
             f"no checkpoint in {self.directory} is intact; what is left of them was renamed to damaged_*. "
             "Start the same command again to train from the beginning, or give another run.dir"
         )
-
-    def _restore(self, engine: Any, checkpoint: Path, world_size: int) -> State:
-        state = State.read(checkpoint)
-        if state.world_size != world_size:
-            raise ValueError(
-                f"{checkpoint} was written by {state.world_size} ranks and this job has {world_size}: "
-                f"start it with {state.world_size}, or start a new run with model.init_from={checkpoint.parent.parent}"
-            )
-        if state.zero_stage != engine.zero_optimization_stage():
-            raise ValueError(
-                f"{checkpoint} was written at ZeRO stage {state.zero_stage} and deepspeed.config asks for "
-                f"{engine.zero_optimization_stage()}: use the stage it was written at"
-            )
-        loaded, _ = engine.load_checkpoint(str(checkpoint), tag=ENGINE_TAG)
-        assert loaded is not None, f"DeepSpeed found nothing to load in {checkpoint}"
-        _set_random_state(torch.load(checkpoint / f"rng_{self._ranks.rank:05d}.pt", weights_only=True))
-        return state
 
     def _problem(self, checkpoint: Path) -> str | None:
         """What is wrong with a checkpoint's files, found by all ranks together; None if all match their checksums."""
@@ -176,7 +194,7 @@ class Checkpoints:
         missing = [name for name in expected if not (checkpoint / name).is_file()]
         if missing:
             return f"{missing[0]} is missing"
-        actual = self._merge(self._my_checksums(checkpoint, flush=False))
+        actual = self._merge(self._my_checksums(checkpoint))
         wrong = [name for name in sorted(expected | actual) if actual.get(name) != expected.get(name)]
         return f"{wrong[0]} does not match its checksum" if wrong else None
 
@@ -190,13 +208,13 @@ class Checkpoints:
             os.rename(checkpoint, aside)
         self._ranks.barrier()
 
-    def _my_checksums(self, directory: Path, flush: bool) -> dict[str, str]:
-        """sha256 of this rank's share of the files below `directory`, which it can force to the disk meanwhile."""
-        files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != CHECKSUMS)
+    def _my_checksums(self, directory: Path) -> Checksums:
+        """sha256 of this rank's share of the files in `directory`."""
+        files = sorted(path for path in directory.iterdir() if path.is_file() and path.name != CHECKSUMS)
         mine = files[self._ranks.rank :: self._ranks.world_size]
-        return {str(path.relative_to(directory)): _sha256(path, flush) for path in mine}
+        return {path.name: _sha256(path) for path in mine}
 
-    def _merge(self, mine: dict[str, str]) -> dict[str, str]:
+    def _merge(self, mine: Checksums) -> Checksums:
         return {name: digest for part in self._ranks.gather(mine) for name, digest in part.items()}
 
     def steps(self) -> list[int]:
@@ -209,20 +227,18 @@ class Checkpoints:
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
 
-def _random_state() -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
+def _write(
+    directory: Path, files: dict[str, tuple[dict[str, Tensor], dict[str, str]]], texts: dict[str, str]
+) -> Checksums:
+    """Writes a rank's files of a checkpoint, flushes them to disk and returns the sha256 of each."""
+    for name, text in texts.items():
+        (directory / name).write_text(text)
+    for name, (tensors, header) in files.items():
+        save_file(tensors, directory / name, header)
+    return {name: _sha256(directory / name, flush=True) for name in (*texts, *files)}
 
 
-def _set_random_state(state: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def _sha256(path: Path, flush: bool) -> str:
+def _sha256(path: Path, flush: bool = False) -> str:
     with open(path, "rb") as file:
         if flush:
             os.fsync(file.fileno())
@@ -242,24 +258,3 @@ def _flush(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-class _PatientWriter(TorchCheckpointEngine):
-    """DeepSpeed's writer, except that an error waits until `raise_error`.
-
-    Raised in the middle of `save_checkpoint` it would leave the other ranks waiting in a barrier.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(None)
-        self._error: Exception | None = None
-
-    def save(self, state_dict: dict[str, Any], path: str) -> None:
-        try:
-            super().save(state_dict, path)
-        except (OSError, RuntimeError) as error:
-            self._error = self._error or error
-
-    def raise_error(self) -> None:
-        if self._error:
-            raise self._error

@@ -125,6 +125,7 @@ class EvaluateConfig:
 class CheckpointConfig:
     every_steps: int = MISSING
     keep: int = 2  # newest checkpoints kept
+    in_background: bool = False  # train on while a copy of the state, in the host's memory, is written
 
 
 @dataclass

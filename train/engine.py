@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from train import zero
 from train.config import AnyConfig
 from train.data.order import micro_batch_size
 
@@ -84,6 +85,7 @@ def build_engine(model: nn.Module, config: AnyConfig, world_size: int, precision
         config=deepspeed_config(config, world_size, precision),
         dist_init_required=False,
     )
+    zero.undo_first_step(engine)
     return engine
 
 

@@ -60,6 +60,7 @@ class Trainer:
         self._stop = stop
         self._micro_batches = engines.gradient_accumulation_steps(config, ranks.world_size)
         self._saved_step = 0
+        self._save_seconds = 0.0  # that the save under way has held up training
 
     def run(self, first_step: int, last_step: int) -> Outcome:
         """Trains steps `first_step` to `last_step`, 1-based and inclusive.
@@ -82,6 +83,7 @@ class Trainer:
                 self.validate(step)
             if step == last_step or _is_due(step, config.checkpoint.every_steps):
                 self._save(step)
+        self._finish_save()
         return Outcome(step, None)
 
     def _train_step(self, step: int, batches: Iterator[Batch]) -> StepRecord | None:
@@ -91,14 +93,17 @@ class Trainer:
         seconds = dict.fromkeys(("data", "forward", "backward", "optimizer"), 0.0)
         with self._clock(seconds, "data", step):
             micro_batches, bad_sample = self._next_micro_batches(batches)
-            target_count, ids_hash, stop_requests, bad_samples = self._ranks.sum_integers(
+            target_count, ids_hash, stop_requests, bad_samples, written = self._ranks.sum_integers(
                 [
                     sum(targets(batch, self._task.units_per_sample) for batch in micro_batches),
                     _wrap(sum(sample_hash(batch["sample_ids"].numpy()) for batch in micro_batches)),
                     int(self._stop.name is not None),
                     int(bad_sample is not None),
+                    int(self._checkpoints.is_written()),
                 ]
             )
+        if written == world_size:
+            self._finish_save()
         if stop_requests:
             return None
         if bad_samples:
@@ -171,6 +176,7 @@ class Trainer:
         names = [name for name in self._ranks.gather(self._stop.name) if name]
         if step > self._saved_step:
             self._save(step)
+        self._finish_save()
         return Outcome(step, names[0])
 
     def _save(self, step: int) -> None:
@@ -182,10 +188,20 @@ class Trainer:
             config=flatten(self._config),
             data_digest=self._data.digest,
         )
-        path = self._checkpoints.save(self._engine, state)
-        self._saved_step = step
-        if self._monitor:
-            self._monitor.say(f"step {step}/{self._config.train.steps}  checkpoint  {path}")
+        self._finish_save()
+        start = time.perf_counter()
+        self._checkpoints.save(self._engine, state)
+        self._saved_step, self._save_seconds = step, time.perf_counter() - start
+        if not self._config.checkpoint.in_background:
+            self._finish_save()
+
+    def _finish_save(self) -> None:
+        """Waits for the checkpoint under way, if there is one, and says that it is there."""
+        start = time.perf_counter()
+        path = self._checkpoints.finish()
+        if path and self._monitor:
+            seconds = self._save_seconds + time.perf_counter() - start
+            self._monitor.say(f"checkpoint  {path}  held up training for {seconds:.2f} s")
 
     def _to_device(self, batch: Batch) -> Batch:
         device = self._ranks.device

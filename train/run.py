@@ -17,7 +17,7 @@ from train.data.loader import build_data
 from train.data.order import check_world_size
 from train.distributed import Ranks
 from train.engine import build_engine, resolve_precision
-from train.loop import Outcome, Trainer
+from train.loop import Outcome, Trainer, TrainingError
 from train.monitor import Monitor
 from train.resume import check_same_run
 from train.run_directory import EXIT_FINISHED, EXIT_STOPPED, RunDirectory, checkpoint_steps, newest_checkpoint
@@ -48,10 +48,10 @@ def run(config: AnyConfig, process_start: float) -> int:
         return EXIT_FINISHED
     with ranks.fail_together():
         data = build_data(config, ranks.rank, ranks.world_size)
-        changes = _compare_with_newest(config, data.digest)
+        changes = _compare_with_newest(config, data.digest, ranks.world_size)
     check_agreement(ranks, config, data.digest)
 
-    checkpoints = Checkpoints(config.run.dir, ranks, config.checkpoint.keep)
+    checkpoints = Checkpoints(config.run.dir, ranks, config.checkpoint.keep, config.checkpoint.in_background)
     if ranks.is_main:
         checkpoints.remove_partial()
         (directory.path / "config.yaml").write_text(to_yaml(config))
@@ -77,6 +77,8 @@ def run(config: AnyConfig, process_start: float) -> int:
     try:
         outcome = trainer.run(step + 1, last_step)
     except BaseException as error:
+        if isinstance(error, TrainingError):  # met by all ranks, perhaps while a good checkpoint was being written
+            checkpoints.finish()
         if ranks.is_main:
             directory.write_status("failed", reason=str(error) or type(error).__name__)
         raise
@@ -98,7 +100,7 @@ def _build_engine(
     engine = build_engine(model, config, ranks.world_size, precision)
     # From here on the ranks draw different numbers (dropout).
     torch.manual_seed(config.train.seed * 1_000_003 + ranks.rank)
-    return engine, checkpoints.load_newest(engine, ranks.world_size)
+    return engine, checkpoints.load_newest(engine)
 
 
 def _is_done(config: AnyConfig, last_step: int) -> bool:
@@ -114,7 +116,7 @@ def _done_message(config: AnyConfig, last_step: int) -> str:
     )
 
 
-def _compare_with_newest(config: AnyConfig, data_digest: str) -> list[str]:
+def _compare_with_newest(config: AnyConfig, data_digest: str, world_size: int) -> list[str]:
     """Refuses, before the model is built, to continue another run; a damaged checkpoint is dealt with at loading."""
     if not checkpoint_steps(Path(config.run.dir) / "checkpoints"):
         return []
@@ -122,7 +124,10 @@ def _compare_with_newest(config: AnyConfig, data_digest: str) -> list[str]:
         state = State.read(newest_checkpoint(config.run.dir))
     except (OSError, ValueError, TypeError):
         return []
-    return check_same_run(state, config, data_digest)
+    changes = check_same_run(state, config, data_digest)
+    if state.world_size != world_size:
+        changes.append(f"there were {state.world_size} ranks and are now {world_size}")
+    return changes
 
 
 def _announce(

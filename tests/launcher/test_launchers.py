@@ -59,7 +59,8 @@ def test_stop_at_step_continues_bit_equal(launch, uninterrupted, tmp_path, confi
 @pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_to_the_launch_script_saves_and_continues_bit_equal(launch, uninterrupted, tmp_path, signal_name):
     expected = uninterrupted(LANGUAGE, launch)
-    job = launch(LANGUAGE, tmp_path, *SHORT, launcher="local.sh")
+    in_background = str(signal_name == "SIGTERM").lower()
+    job = launch(LANGUAGE, tmp_path, *SHORT, f"checkpoint.in_background={in_background}", launcher="local.sh")
     job.wait_for_step(2)
     job.process.send_signal(signal.Signals[signal_name])
     assert job.wait() == 75, job.output
@@ -107,6 +108,19 @@ def test_a_killed_rank_ends_the_job_and_costs_only_the_steps_since_the_checkpoin
     assert again.metrics() == expected
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [event.step for event in events.Scalars("loss/train")] == list(range(1, 9))  # none twice
+
+
+def test_a_run_continues_on_any_number_of_ranks_and_at_any_stage(launch, uninterrupted, tmp_path):
+    """2, 1, 4 and 2 ranks at stages 2, 3, 1 and 2: one run, with the same global batches as on two ranks throughout."""
+    expected = uninterrupted(LANGUAGE, launch)
+    for ranks, stage, steps in [(2, 2, 2), (1, 3, 4), (4, 1, 6), (2, 2, 8)]:
+        settings = [f"deepspeed.config=configs/deepspeed/zero{stage}.json", f"train.stop_at_step={steps}"]
+        job = launch(LANGUAGE, tmp_path, *SHORT, *settings, launcher="torchrun", ranks=ranks)
+        assert job.wait() == 0, job.output
+        assert f"ZeRO-{stage}" in job.output and (steps == 2 or f"and are now {ranks}" in job.output)
+    assert [line["batch_hash"] for line in job.metrics()] == [line["batch_hash"] for line in expected]
+    for line, other in zip(job.metrics(), expected, strict=True):  # bf16 sums in another order
+        assert line["loss"] == pytest.approx(other["loss"], rel=2e-3)
 
 
 def test_torchrun_trains_the_same_run(launch, uninterrupted, tmp_path):

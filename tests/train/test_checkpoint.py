@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,11 @@ def _state(step: int) -> State:
     return State(step, 4 * step, 2, 2, {"train.seed": 1}, "data")
 
 
+def _save(checkpoints: Checkpoints, engine, step: int) -> None:
+    checkpoints.save(engine, _state(step))
+    checkpoints.finish()
+
+
 def _weights(engine) -> list[torch.Tensor]:
     return [p.detach().clone() for p in engine.module.parameters()]
 
@@ -43,7 +49,7 @@ def _save_and_restore(ranks: Ranks, run_dir: Path) -> None:
     engine = _engine(ranks)
     for step in (1, 2, 3):
         _step(engine, ranks, step)
-        checkpoints.save(engine, _state(step))
+        _save(checkpoints, engine, step)
     drawn = torch.rand(3)
     assert checkpoints.steps() == [2, 3]  # the oldest was removed
     assert (run_dir / "checkpoints" / "latest").read_text() == "step_00000003"
@@ -53,14 +59,11 @@ def _save_and_restore(ranks: Ranks, run_dir: Path) -> None:
     _step(engine, ranks, 4)
 
     other = _engine(ranks, seed=1)
-    state = checkpoints.load_newest(other, ranks.world_size)
+    state = checkpoints.load_newest(other)
     assert state == _state(3)
     assert torch.equal(torch.rand(3), drawn)  # the random state came back
     _step(other, ranks, 4)  # and so did the optimizer's
     assert all(torch.equal(a, b) for a, b in zip(_weights(engine), _weights(other), strict=True))
-
-    with pytest.raises(ValueError, match="was written by 2 ranks and this job has 4: start it with 2"):
-        checkpoints.load_newest(other, world_size=4)
 
     _damage(ranks, run_dir, checkpoints)
 
@@ -69,54 +72,89 @@ def _damage(ranks: Ranks, run_dir: Path, checkpoints: Checkpoints) -> None:
     """Each kind of damage to the newest makes the one before it load; when all are damaged, that is an error."""
     engine = _engine(ranks)
     newest = run_dir / "checkpoints" / "step_00000003"
-    optimizer_file = newest / "engine" / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    optimizer_file = newest / "state_00001.safetensors"
     ranks.barrier()
     if ranks.is_main:
         data = optimizer_file.read_bytes()
         optimizer_file.write_bytes(data[: len(data) // 2])
     ranks.barrier()
-    assert checkpoints.load_newest(engine, 2) == _state(2)
+    assert checkpoints.load_newest(engine) == _state(2)
     assert checkpoints.steps() == [2]
     assert (run_dir / "checkpoints" / "damaged_step_00000003").is_dir()
 
     _step(engine, ranks, 3)
-    checkpoints.save(engine, _state(3))  # the same step again is saved as if nothing had happened
+    _save(checkpoints, engine, 3)  # the same step again is saved as if nothing had happened
     assert checkpoints.steps() == [2, 3]
     ranks.barrier()
     if ranks.is_main:
-        (newest / "rng_00001.pt").unlink()
-        (run_dir / "checkpoints" / "step_00000002" / "engine" / "evil.pt").write_bytes(b"not named by the checksums")
+        (newest / "state_00001.safetensors").unlink()
+        (run_dir / "checkpoints" / "step_00000002" / "evil.pt").write_bytes(b"not named by the checksums")
     ranks.barrier()
     with pytest.raises(ValueError, match=r"no checkpoint in .* is intact"):
-        checkpoints.load_newest(engine, 2)
+        checkpoints.load_newest(engine)
     assert checkpoints.steps() == []
-    assert checkpoints.load_newest(engine, 2) is None
+    assert checkpoints.load_newest(engine) is None
 
 
 def test_save_restore_retention_and_damage(run_distributed, tmp_path):
     run_distributed(_save_and_restore, 2, tmp_path)
 
 
+def _in_background(ranks: Ranks, run_dir: Path) -> None:
+    checkpoints = Checkpoints(run_dir, ranks, keep=2, in_background=True)
+    engine = _engine(ranks)
+    for step in (1, 2):
+        _step(engine, ranks, step)
+        checkpoints.save(engine, _state(step))
+    assert checkpoints.steps() == [1]  # a save waits for the one before it
+    checkpoints.finish()
+    _step(engine, ranks, 3)
+    disk_is_slow = threading.Event()
+    checkpoints._thread.submit(disk_is_slow.wait)
+    checkpoints.save(engine, _state(3))
+    expected = _weights(engine)
+    _step(engine, ranks, 4)  # training goes on while nothing is written yet
+    final = _weights(engine)
+    assert not checkpoints.is_written() and checkpoints.steps() == [1, 2]
+    disk_is_slow.set()
+    assert checkpoints.finish() == run_dir / "checkpoints" / "step_00000003"
+    assert not checkpoints.is_written() and checkpoints.finish() is None
+
+    other = _engine(ranks, seed=1)
+    assert Checkpoints(run_dir, ranks, keep=2).load_newest(other) == _state(3)
+    assert all(torch.equal(a, b) for a, b in zip(_weights(other), expected, strict=True))
+    _step(other, ranks, 4)
+    assert all(torch.equal(a, b) for a, b in zip(_weights(other), final, strict=True))
+
+
+def test_a_save_in_the_background_is_of_the_step_it_was_asked_for(run_distributed, tmp_path):
+    run_distributed(_in_background, 2, tmp_path)
+
+
 def _full_disk(ranks: Ranks, run_dir: Path) -> None:
     checkpoints = Checkpoints(run_dir, ranks, keep=2)
     engine = _engine(ranks)
-    checkpoints.save(engine, _state(1))
+    _save(checkpoints, engine, 1)
     ranks.barrier()
     if ranks.is_main:
         with pytest.raises(OSError, match="No space left"), open(run_dir / "filler", "wb", buffering=0) as filler:
             while True:
                 filler.write(bytes(4096))
     ranks.barrier()
-    with pytest.raises(CheckpointError, match=r"step 2 could not be written.* it continues after step 1"):
+    for in_background in (False, True):
+        checkpoints = Checkpoints(run_dir, ranks, keep=2, in_background=in_background)
         checkpoints.save(engine, _state(2))
+        with pytest.raises(CheckpointError, match=r"step 2 could not be written.* it continues after step 1"):
+            checkpoints.finish()
+        assert checkpoints.finish() is None
     assert checkpoints.steps() == [1]
     assert not list((run_dir / "checkpoints").glob(".*.partial"))
     ranks.barrier()
     if ranks.is_main:
         (run_dir / "filler").unlink()
     ranks.barrier()
-    checkpoints.save(engine, _state(2))  # with room again the ranks are still in step with each other
-    assert checkpoints.load_newest(engine, 2) == _state(2)
+    _save(checkpoints, engine, 2)  # with room again the ranks are still in step with each other
+    assert checkpoints.load_newest(engine) == _state(2)
 
 
 def test_a_full_disk_loses_nothing(run_distributed, mounted, tmp_path):
@@ -127,14 +165,14 @@ def test_a_full_disk_loses_nothing(run_distributed, mounted, tmp_path):
 def _read_only(ranks: Ranks, run_dir: Path) -> None:
     checkpoints = Checkpoints(run_dir, ranks, keep=2)
     engine = _engine(ranks)
-    checkpoints.save(engine, _state(1))
+    _save(checkpoints, engine, 1)
     ranks.barrier()
     if ranks.is_main:
         subprocess.run(["mount", "-o", "remount,ro", str(run_dir)], check=True)
     ranks.barrier()
     with pytest.raises(CheckpointError, match="Read-only file system"):
-        checkpoints.save(engine, _state(2))
-    assert checkpoints.load_newest(engine, 2) == _state(1)
+        _save(checkpoints, engine, 2)
+    assert checkpoints.load_newest(engine) == _state(1)
 
 
 def test_a_read_only_mount_is_named(run_distributed, mounted, tmp_path):
