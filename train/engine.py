@@ -7,7 +7,6 @@ written once, in the YAML file, and put into DeepSpeed's configuration here.
 from __future__ import annotations
 
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -40,8 +39,10 @@ def gradient_accumulation_steps(config: AnyConfig, world_size: int) -> int:
     return config.train.global_batch_size // (micro * world_size)
 
 
-def zero_stage(config: AnyConfig) -> int:
-    return int(_deepspeed_file(config).get("zero_optimization", {}).get("stage", 0))
+def zero_settings(config: AnyConfig) -> dict[str, Any]:
+    """What the file `deepspeed.config` says of ZeRO, as written there: DeepSpeed's defaults are not filled in."""
+    settings: dict[str, Any] = _deepspeed_file(config).get("zero_optimization", {})
+    return settings
 
 
 def deepspeed_config(config: AnyConfig, world_size: int, precision: str) -> dict[str, Any]:
@@ -117,22 +118,6 @@ def full_state_dict(engine: Any, is_main: bool) -> dict[str, torch.Tensor]:
         buffers = {name: b for name, b in engine.module.named_buffers() if name in persistent}
         weights |= {name: buffer.detach().to("cpu", copy=True).contiguous() for name, buffer in buffers.items()}
     return weights
-
-
-def memory_by_stage(parameters: int, world_size: int, precision: str) -> dict[int, int]:
-    """Bytes a rank needs for weights, gradients and AdamW's state at each ZeRO stage (arXiv:1910.02054, section 3.1).
-
-    Half precision: 2 bytes of weight and 2 of gradient a parameter, and 12 of float32 weight and moments. fp32: 4, 4 and
-    8. Activations, buffers of the communication and the allocator's slack come on top.
-    """
-    weight, gradient, state = (4, 4, 8) if precision == "fp32" else (2, 2, 12)
-
-    def share(n_bytes: int, partitioned: bool) -> int:
-        return math.ceil(parameters * n_bytes / (world_size if partitioned else 1))
-
-    return {
-        stage: share(state, stage >= 1) + share(gradient, stage >= 2) + share(weight, stage >= 3) for stage in range(4)
-    }
 
 
 def _deepspeed_file(config: AnyConfig) -> dict[str, Any]:

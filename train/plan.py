@@ -13,13 +13,8 @@ from torch import nn
 from train.config import AnyConfig, VisionConfig, to_yaml
 from train.data.loader import build_data
 from train.data.order import check_world_size, micro_batch_size
-from train.engine import (
-    DTYPES,
-    gradient_accumulation_steps,
-    memory_by_stage,
-    resolve_precision,
-    zero_stage,
-)
+from train.engine import DTYPES, gradient_accumulation_steps, resolve_precision, zero_settings
+from train.estimate.memory import state_memory, zero_config
 from train.run_directory import EXIT_FINISHED
 from train.tasks import Batch, Task, build_task, targets
 
@@ -74,7 +69,8 @@ def _plan(config: AnyConfig, task: Task, model: nn.Module, world_size: int, prec
     parameters = sum(p.numel() for p in model.parameters())
     step_units = config.train.global_batch_size * task.units_per_sample
     model_flops, hardware_flops = task.flops_per_unit()
-    own_stage = zero_stage(config)
+    settings = zero_settings(config)
+    own_stage = zero_config(settings).stage
     lines = [
         f"ranks                     {world_size}",
         f"precision                 {precision}",
@@ -85,10 +81,12 @@ def _plan(config: AnyConfig, task: Task, model: nn.Module, world_size: int, prec
         f"gradient accumulation     {gradient_accumulation_steps(config, world_size)}",
         f"FLOPs a step, model       {model_flops * step_units:.3e}",
         f"FLOPs a step, hardware    {hardware_flops * step_units:.3e}",
-        "memory a rank for weights, gradients and optimizer (activations come on top):",
+        "memory a rank for weights, gradients and optimizer (`python -m train.estimate` has all of it):",
     ]
-    for stage, n_bytes in memory_by_stage(parameters, world_size, precision).items():
-        lines.append(f"  ZeRO-{stage}  {n_bytes / 2**30:8.2f} GiB{'  <- this config' if stage == own_stage else ''}")
+    for stage in range(4):
+        memory = state_memory(zero_config(settings, stage), parameters, world_size, precision)
+        gib = (memory.weights + memory.gradients + memory.optimizer) / 2**30
+        lines.append(f"  ZeRO-{stage}  {gib:8.2f} GiB{'  <- this config' if stage == own_stage else ''}")
     return "\n".join(lines)
 
 

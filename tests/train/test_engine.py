@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from train.config import load_config
-from train.engine import deepspeed_config, memory_by_stage, parameter_groups, resolve_precision
+from train.engine import deepspeed_config, parameter_groups, resolve_precision
 
 QUICKSTART = "configs/language/quickstart.yaml"
 
@@ -41,12 +41,6 @@ def test_only_matrices_decay():
     decayed, plain = parameter_groups(model, weight_decay=0.1)
     assert [p.ndim for p in decayed["params"]] == [2, 2] and decayed["weight_decay"] == 0.1
     assert [p.ndim for p in plain["params"]] == [1, 1, 1] and plain["weight_decay"] == 0.0
-
-
-def test_memory_by_stage_is_the_papers():
-    # arXiv:1910.02054, figure 1: 7.5B parameters on 64 ranks need 120, 31.4, 16.6 and 1.9 GB.
-    gigabytes = {stage: round(n / 1e9, 1) for stage, n in memory_by_stage(7_500_000_000, 64, "bf16").items()}
-    assert gigabytes == {0: 120.0, 1: 31.4, 2: 16.6, 3: 1.9}
 
 
 def test_precision_that_was_asked_for_is_kept():

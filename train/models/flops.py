@@ -16,7 +16,7 @@ backward. Attention is counted in products of size N²·D (one head: N x N x K; 
 
 Causal attention counts half: kernels skip the blocks above the diagonal (the reference does not, and counts whole).
 A recomputed block counts whole, though torch may skip its last product, whose result the backward pass does not need.
-`auto` counts as `fused`. Packed documents count as one row, the convention of the field, which overstates attention for short documents.
+Packed documents count as one row, the convention of the field, which overstates attention for short documents.
 """
 
 from __future__ import annotations
@@ -41,14 +41,17 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return total, total - embeddings
 
 
-def model_flops_per_sample(config: AnyConfig) -> tuple[float, float]:
+def model_flops_per_sample(config: AnyConfig, backend: str) -> tuple[float, float]:
     """(model FLOPs, hardware FLOPs) of one sample, a text row or an image, forward and backward.
 
     The adaptive head counts as if every target were in its shortlist, since the rest depends on the text: a little low.
+
+    Args:
+        backend: of the twicing layers, as `train.models.attention.backend_in_use` finds it: never `auto`.
     """
     shape = _language_shape(config.model) if isinstance(config, LanguageConfig) else _vision_shape(config.model)
     twicing = parse_twicing_layers(config.model.twicing_layers, config.model.layers)
-    backend, recompute_every = config.model.attention_backend, config.train.activation_checkpointing
+    recompute_every = config.train.activation_checkpointing
     model_flops = hardware_flops = shape.outside_blocks
     for number in range(1, config.model.layers + 1):
         forward = 2.0 * shape.block_parameters * shape.tokens
@@ -113,5 +116,6 @@ def _attention(shape: _Shape, twicing: bool, backend: str) -> tuple[float, float
         return 9 * product, forward, 2 * forward
     if backend == "composed":
         return 9 * product, 4 * product, 10 * product
+    assert backend == "fused", backend
     one_pass = shape.causal or shape.tokens <= FUSED_SHORT
     return 9 * product, (3 if one_pass else 4) * product, (7 if one_pass else 8) * product

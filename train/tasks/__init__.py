@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from train.config import AnyConfig, LanguageConfig, VisionConfig
+from train.engine import DTYPES, resolve_precision
+from train.models.attention import backend_in_use
+from train.models.flops import model_flops_per_sample
 
 Batch = dict[str, Tensor]
 
@@ -47,6 +50,12 @@ class Task(Protocol):
 def targets(batch: Batch, units_per_sample: int) -> int:
     """Targets of a batch that count: tokens or images of the samples that were not skipped."""
     return int(batch["weights"].sum().item()) * units_per_sample
+
+
+def flops_per_sample(config: AnyConfig, device: torch.device) -> tuple[float, float]:
+    """(model, hardware) FLOPs of forward and backward for one text row or image on `device`, which need not be here."""
+    dtype = DTYPES[resolve_precision(config.train.precision, device)]
+    return model_flops_per_sample(config, backend_in_use(config.model, device, dtype))
 
 
 def build_task(config: AnyConfig, tokenizer_path: Path | None, device: torch.device) -> Task:

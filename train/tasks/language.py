@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from train.config import LanguageConfig
 from train.evaluate.generation import generate
-from train.models.flops import model_flops_per_sample
 from train.models.language import LanguageModel
-from train.tasks import Batch
+from train.tasks import Batch, flops_per_sample
 
 
 class LanguageTask:
@@ -29,7 +28,7 @@ class LanguageTask:
         return LanguageModel(self._config.model, self._config.train.activation_checkpointing)
 
     def flops_per_unit(self) -> tuple[float, float]:
-        model, hardware = model_flops_per_sample(self._config)
+        model, hardware = flops_per_sample(self._config, self._device)
         return model / self.units_per_sample, hardware / self.units_per_sample
 
     def loss_sum(self, model: Any, batch: Batch, first_sample: int) -> Tensor:

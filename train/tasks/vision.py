@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from train.config import VisionConfig
-from train.models.flops import model_flops_per_sample
 from train.models.vision import build_vision_model
-from train.tasks import Batch
+from train.tasks import Batch, flops_per_sample
 
 
 class VisionTask:
@@ -38,7 +37,7 @@ class VisionTask:
         return build_vision_model(self._config.model, self._config.train.activation_checkpointing)
 
     def flops_per_unit(self) -> tuple[float, float]:
-        return model_flops_per_sample(self._config)
+        return flops_per_sample(self._config, self._device)
 
     def loss_sum(self, model: Any, batch: Batch, first_sample: int) -> Tensor:
         images, labels = batch["images"], batch["labels"]

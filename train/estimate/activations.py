@@ -1,0 +1,113 @@
+"""Activations of a forward and backward pass, found by running the model itself on fake tensors.
+
+Fake tensors (torch's FakeTensorMode) have shapes and dtypes and no memory, so that a model of any size runs in seconds,
+through the very code that trains it. What is counted is what torch would allocate: whatever lives at once, temporary results
+included. Kernels of a GPU may use some workspace besides.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from train.config import AnyConfig, LanguageConfig
+from train.estimate.live_memory import LiveBytes
+from train.tasks import Task, build_task
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes for one micro-batch, beside weights and their gradients."""
+
+    kept: int  # from the forward to the backward pass
+    peak: int  # the most there is at any moment of both
+    kept_weights: int  # weights that the graph itself holds on to, recomputed blocks aside; ZeRO-3 can't let them go
+
+
+def meta_model(config: AnyConfig) -> nn.Module:
+    """The model that `config` describes on the device `meta`: all of its shapes and none of its memory."""
+    task = build_task(config, None, torch.device("cpu"))
+    with torch.device("meta"):
+        return task.build_model()
+
+
+def trace_activations(
+    config: AnyConfig,
+    samples: int,
+    dtype: torch.dtype,
+    backend: str,
+    activation_checkpointing: int | None = None,
+) -> Activations:
+    """Runs one micro-batch of `samples` samples, every text row a single document.
+
+    Args:
+        dtype: of the weights.
+        backend: of twicing attention, not `auto`.
+        activation_checkpointing: in place of `train.activation_checkpointing`.
+    """
+    config = deepcopy(config)
+    config.model.attention_backend = backend
+    if activation_checkpointing is not None:
+        config.train.activation_checkpointing = activation_checkpointing
+    task = build_task(config, None, torch.device("cpu"))
+    model = meta_model(config)
+    with FakeTensorMode(), _NoRareTokens():
+        _make_fake(model, dtype)
+        return _trace(config, task, model, samples)
+
+
+def _trace(config: AnyConfig, task: Task, model: nn.Module, samples: int) -> Activations:
+    weights = {p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in model.parameters()}
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(_drop_gradient)
+    batch = task.placeholder_batch(samples)
+    if isinstance(config, LanguageConfig):
+        batch["cu_seqlens"] = None  # type: ignore[assignment]
+    kept_weights = set()
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()._cdata
+        # A parameter itself is fetched anew in the backward pass; a view of it, as a linear layer saves, is not.
+        if storage in weights and not isinstance(tensor, nn.Parameter):
+            kept_weights.add(storage)
+        return tensor
+
+    with LiveBytes(model.parameters()) as live:
+        before = live.now
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = task.loss_sum(model, batch, first_sample=0)
+        kept = live.now - before
+        loss.backward()
+    return Activations(kept, live.peak - before, sum(weights[storage] for storage in kept_weights))
+
+
+def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:
+    """Gives a model on `meta` fake weights on the CPU, inside a FakeTensorMode."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype))
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _drop_gradient(parameter: nn.Parameter) -> None:
+    """Gradients of weights are counted with the training state."""
+    parameter.grad = None
+
+
+class _NoRareTokens(TorchDispatchMode):
+    """Finds every target of the adaptive softmax in its shortlist: where fake targets are can't be known."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.nonzero.default:
+            return args[0].new_empty((0, args[0].dim()), dtype=torch.int64)
+        return func(*args, **(kwargs or {}))
