@@ -2,7 +2,8 @@
 
     python tests/kernels/compiled.py [--head-dims 64,128] [--architectures 80,90]
 
-prints the numbers, and what follows from them by arithmetic: blocks in flight, and how long a step keeps each pipe busy.
+prints the numbers, and what follows from them by arithmetic: blocks in flight, how long a step keeps each pipe busy, and
+the throughput that the busiest pipe allows.
 """
 
 from __future__ import annotations
@@ -29,8 +30,25 @@ ARCHITECTURES = tuple(costs.MULTIPROCESSORS)
 SHARED_BYTES = 99 * 1024
 # By head_dim, of every kernel:
 SPILLED_BYTES = dict.fromkeys(HEAD_DIMS, 0) | {256: 32}
-REGISTERS = dict.fromkeys(HEAD_DIMS, 255)
+# By kernel and head_dim, on any architecture: what nvcc 13.0 takes at most, rounded up to the 8 that they are given by.
+REGISTERS = {
+    "forward_kernel<0>": {16: 152, 32: 176, 64: 255, 96: 216, 128: 255, 256: 255},
+    "forward_kernel<1>": {16: 144, 32: 168, 64: 240, 96: 232, 128: 255, 256: 255},
+    "backward_u": {16: 96, 32: 96, 64: 128, 96: 152, 128: 184},
+    "backward_keys<0>": {16: 152, 32: 144, 64: 184, 96: 216, 128: 255},
+    "backward_keys<1>": {16: 184, 32: 160, 64: 216, 96: 248, 128: 255},
+    "backward_query": {16: 136, 32: 120, 64: 152, 96: 160, 128: 184},
+    "round_query": dict.fromkeys(HEAD_DIMS, 32),
+}
 STRAY_EXPONENTIALS = 4  # reciprocals of integer divisions, which use the same unit
+
+COLUMNS = ("kernel", "head_dim", "sm", "registers", "spilled", "shared KB", "blocks/SM", "HMMA", "LDSM", "MUFU")
+COLUMNS += ("instructions", "tensor", "shared", "MUFU", "issue")
+PHASES = {
+    "forward": ("forward_kernel<0>", "forward_kernel<1>"),
+    "backward, fast": ("backward_u", "backward_keys<1>"),
+    "backward, deterministic": ("backward_u", "backward_keys<0>", "backward_query"),
+}
 
 SYMBOL = re.compile(r"_ZN7twicing(\d+)(\w+)")
 
@@ -100,7 +118,8 @@ def shared_bytes(head_dim: int) -> dict[str, int]:
 def check(kernel: Kernel) -> None:
     """Raises AssertionError where a budget is exceeded, or the main loop is not what the tiling says."""
     assert kernel.spilled_bytes <= SPILLED_BYTES[kernel.head_dim], f"{kernel} spills {kernel.spilled_bytes} bytes"
-    assert kernel.registers <= REGISTERS[kernel.head_dim], f"{kernel} takes {kernel.registers} registers"
+    assert kernel.name in REGISTERS, f"{kernel.name}: its registers are to be given a budget"
+    assert kernel.registers <= REGISTERS[kernel.name][kernel.head_dim], f"{kernel} takes {kernel.registers} registers"
     given = shared_bytes(kernel.head_dim)[kernel.name] + kernel.static_shared_bytes
     assert given <= SHARED_BYTES, f"{kernel} takes {given} bytes of shared memory"
     if kernel.loop is None:
@@ -121,15 +140,39 @@ def main() -> None:
     parser.add_argument("--head-dims", default="64,128")
     parser.add_argument("--architectures", default="80,90")
     arguments = parser.parse_args()
-    print(
-        "| kernel | head_dim | sm | registers | spilled | shared KB | blocks/SM | HMMA | LDSM | MUFU | instructions |"
-        " tensor | shared | MUFU | issue |\n" + "|---" * 15 + "|"
+    head_dims, architectures = (
+        [int(n) for n in text.split(",")] for text in (arguments.head_dims, arguments.architectures)
     )
-    for head_dim in map(int, arguments.head_dims.split(",")):
-        for architecture in map(int, arguments.architectures.split(",")):
-            for kernel in compile_kernels("bf16", head_dim, architecture):
-                if kernel.loop is not None:
-                    print(row(kernel))
+    kernels = [
+        kernel
+        for head_dim in head_dims
+        for architecture in architectures
+        for kernel in compile_kernels("bf16", head_dim, architecture)
+        if kernel.loop is not None
+    ]
+    print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
+    for kernel in kernels:
+        print(row(kernel))
+    print("\n| | head_dim | device | of mma.sync's peak | TFLOP/s |\n|---|---|---|---|---|")
+    for head_dim in head_dims:
+        for architecture in set(architectures) & set(costs.PEAKS):
+            for name, parts in PHASES.items():
+                chosen = [k for k in kernels if (k.head_dim, k.architecture) == (head_dim, architecture)]
+                share = ceiling([kernel for kernel in chosen if kernel.name in parts])
+                device, peak = costs.PEAKS[architecture]
+                print(f"| {name} | {head_dim} | {device} | {share:.0%} | {share * peak:.0f} |")
+
+
+def ceiling(kernels: list[Kernel]) -> float:
+    """The share of time in which tensor cores work if, in every step, the busiest pipe is never idle."""
+    costs_of = [pipes(kernel) for kernel in kernels]
+    return sum(cycles["tensor"] for cycles in costs_of) / sum(max(cycles.values()) for cycles in costs_of)
+
+
+def pipes(kernel: Kernel) -> dict[str, float]:
+    assert kernel.loop is not None
+    step = costs.STEPS[kernel.name](kernel.head_dim)
+    return costs.cycles(step, kernel.architecture, kernel.loop.run(step.trips()))
 
 
 def row(kernel: Kernel) -> str:
@@ -139,7 +182,7 @@ def row(kernel: Kernel) -> str:
     blocks = costs.blocks_in_flight(kernel.architecture, costs.THREADS, kernel.registers, given)
     instructions = kernel.loop.run(step.trips())
     opcodes = [kernel.loop.opcodes[name] for name in ("HMMA", "LDSM", "MUFU")]
-    busy = [f"{cycles:.0f}" for cycles in costs.cycles(step, kernel.architecture, instructions).values()]
+    busy = [f"{cycles:.0f}" for cycles in pipes(kernel).values()]
     numbers = [kernel.registers, kernel.spilled_bytes, f"{given / 1024:.0f}", blocks, *opcodes, instructions, *busy]
     cells = [kernel.name, kernel.head_dim, kernel.architecture, *numbers]
     return "| " + " | ".join(str(cell) for cell in cells) + " |"

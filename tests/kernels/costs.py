@@ -121,6 +121,7 @@ MULTIPROCESSORS = {
     100: Multiprocessor(64, 32, 228 * 1024, None),
     120: Multiprocessor(48, 24, 100 * 1024, 512),
 }
+PEAKS = {80: ("A100", 312), 90: ("H100 SXM", 613)}  # TFLOP/s of mma.sync, dense: the latter 62 % of 989
 REGISTERS_OF_QUARTER, SCHEDULERS = 16384, 4
 RESERVED_BYTES = 1024  # of shared memory, a block
 SHARED_BYTES_A_CYCLE, EXPONENTIALS_A_CYCLE = 128, 16

@@ -196,6 +196,8 @@ COPY = (
 )
 MISTAKES = {
     "unknown": ("tex.1d.v4.f32 {%f1, %f2, %f3, %f4}, [%data];", r"PTX line 21: tex.*not known"),
+    "unknown_register": ("mov.u32 %r1, %clock;", "operand %clock is not known"),
+    "unknown_copy": ("cp.async.wait_all;", "this form is not known"),
     "unknown_form": ("add.sat.s32 %r1, %r2, %r3;", "this form is not known"),
     "unwritten": ("ld.shared.u32 %r1, [tile];", "reads what nobody wrote"),
     "outside": ("st.shared.u32 [tile+1024], %r1;", "outside of the 1024 bytes"),

@@ -141,10 +141,12 @@ def copy(instruction: Instruction, kernel: Kernel) -> Step:
     if form == ("async", "wait_group"):
         pending = int(str(instruction.operands[0]))
         return lambda machine: machine.wait_for_copies(pending)
+    if form not in (("async", "cg", "shared", "global"), ("async", "ca", "shared", "global")):
+        raise instruction.error("this form is not known to the interpreter")
     destination, source, size_text, *rest = instruction.operands
     size = int(str(size_text))
-    if form not in (("async", "cg", "shared", "global"), ("async", "ca", "shared", "global")) or len(rest) > 1:
-        raise instruction.error("this form is not known to the interpreter")
+    if len(rest) > 1:
+        raise instruction.error("a cache policy is not known to the interpreter")
     if size not in ((16,) if form[1] == "cg" else (4, 8, 16)):
         raise instruction.error(f"cp.async.{form[1]} of {size} bytes does not exist")
     assert isinstance(destination, Address) and isinstance(source, Address)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .machine import Machine, Step
+from .machine import SPECIAL, Machine, Step
 from .memory import UNSIGNED, Array
 from .parser import Instruction, Kernel
 
@@ -88,7 +88,7 @@ def reader(operand: object, kind: np.dtype, instruction: Instruction, kernel: Ke
     if operand[0].isdigit() or operand[0] == "-":
         constant = number(operand, kind)
         return lambda machine: constant
-    if operand.startswith("%"):
+    if operand in SPECIAL:
         return lambda machine: machine.special[operand][machine.group].astype(kind)
     raise instruction.error(f"operand {operand} is not known here")
 

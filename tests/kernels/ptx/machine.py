@@ -26,6 +26,7 @@ from .parser import Kernel, PtxError
 READY, YIELDED, AT_WARP, AT_BARRIER, DONE = range(5)
 WAITS_FOR = {AT_WARP: "its warp", AT_BARRIER: "its block"}
 SPINS = 1000  # turns in which nothing happens but flags being read: then nothing ever will
+SPECIAL = ("%tid.x", "%laneid", "%ctaid.x", "%ntid.x", "%nctaid.x")  # registers
 BITS = {"pred": 1, "b16": 16, "b32": 32, "f32": 32, "b64": 64, "f64": 64}
 
 Step = Callable[["Machine"], "bool | None"]  # True: the group's threads have been sent somewhere else
@@ -95,13 +96,14 @@ class Machine:
         self.parameters.store(np.arange(len(launch.parameters)), np.frombuffer(launch.parameters, np.uint8))
         thread = np.tile(np.arange(launch.threads, dtype=np.uint32), len(blocks))
         self.block = np.repeat(np.arange(len(blocks)), launch.threads)  # of those in flight
-        self.special = {
-            "%tid.x": thread,
-            "%laneid": thread % 32,
-            "%ctaid.x": np.repeat(blocks.astype(np.uint32), launch.threads),
-            "%ntid.x": np.full(self.threads, launch.threads, np.uint32),
-            "%nctaid.x": np.full(self.threads, launch.blocks, np.uint32),
-        }
+        numbers = (
+            thread,
+            thread % 32,
+            np.repeat(blocks.astype(np.uint32), launch.threads),
+            np.full(self.threads, launch.threads, np.uint32),
+            np.full(self.threads, launch.blocks, np.uint32),
+        )
+        self.special = dict(zip(SPECIAL, numbers, strict=True))
         self.registers: dict[str, Array] = {}
         self.place = np.zeros(self.threads, np.int64)
         self.state = np.full(self.threads, READY, np.uint8)
@@ -164,10 +166,10 @@ class Machine:
         first, last = int(threads[0]), int(threads[-1])
         contiguous = last - first + 1 == len(threads)
         self.group = slice(first, last + 1) if contiguous else threads
-        if contiguous:
-            self.whole_warps = first % 32 == 0 and (last + 1) % 32 == 0
-        else:
-            self.whole_warps = len(threads) % 32 == 0 and not (np.diff(threads.reshape(-1, 32)) != 1).any()
+        warps = threads.reshape(-1, 32) if len(threads) % 32 == 0 else None
+        self.whole_warps = warps is not None and bool(
+            (warps[:, 0] % 32 == 0).all() and (warps[:, 31] == warps[:, 0] + 31).all()
+        )
 
     # ---- what instructions do ----
 
