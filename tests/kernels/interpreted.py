@@ -151,14 +151,14 @@ class AsPtx:
         self._memory.fetch()
         counters = Counters(blocks=blocks)
         try:
-            counters.mma = ptx.run(self._program(name.decode()), self._memory, launch).mma
+            counters.mma = ptx.run(self._compiled(name.decode()), self._memory, launch).mma
         except Exception as error:
             self._log = f"{name.decode()}: {error}\n"
             counters.errors = 1
         self._launches.append(counters)
         self._memory.give_back()
 
-    def _program(self, name: str) -> ptx.Program:
+    def _compiled(self, name: str) -> ptx.Program:
         if name not in self._kernels:
             raise ptx.PtxError(f"not among the kernels that {', '.join(SOURCES)} instantiates")
         if name not in self._programs:

@@ -115,6 +115,9 @@ def main() -> int:
     compilations = list(product(DTYPES, HEAD_DIMS, compiled.ARCHITECTURES)) if compiled.nvcc() else []
     interpretations = pairwise_cases([case for case in every_case() if case.seq <= LONG]) if compiled.nvcc() else []
     planted_bugs = [bug for bug in mutants.every_mutant() if compiled.nvcc() or not bug.by_interpreter]
+    if "compiled" in chosen and compilations:
+        for head_dim in HEAD_DIMS:  # which runs the host's part, one at a time
+            compiled.shared_bytes(head_dim)
     done = {}
     with (
         multiprocessing.get_context("fork").Pool(arguments.processes) as processes,

@@ -13,7 +13,7 @@ struct Elsewhere {
   void (*launch)(const char* kernel, int64_t blocks, int threads, int shared_bytes, const void* parameters, size_t bytes);
   void (*fill_zero)(void* address, size_t bytes);  // has been done
 };
-inline Elsewhere elsewhere;  // null: the emulator
+static Elsewhere elsewhere;  // null: the emulator. Of this library: an inline variable would be that of all loaded ones
 
 inline const char* symbol_of(const void* function) {
   Dl_info info;
@@ -21,6 +21,6 @@ inline const char* symbol_of(const void* function) {
 }
 
 // For Python.
-extern "C" __attribute__((used)) inline void emulator_hand_launches_to(Elsewhere to) { elsewhere = to; }
+extern "C" void emulator_hand_launches_to(Elsewhere to) { elsewhere = to; }
 
 }  // namespace simt
