@@ -46,14 +46,20 @@ def zero_settings(config: AnyConfig) -> dict[str, Any]:
 
 
 def deepspeed_config(config: AnyConfig, world_size: int, precision: str) -> dict[str, Any]:
-    """The file `deepspeed.config` names, completed with what the YAML file decides."""
+    """The file `deepspeed.config` names, completed with what the YAML file decides.
+
+    Raises:
+        ValueError: fp16 without ZeRO.
+    """
     settings = _deepspeed_file(config)
     optimizer = config.optimizer
-    parameters: dict[str, Any] = dict(lr=optimizer.lr, betas=list(optimizer.betas), eps=optimizer.eps)
-    offload = settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
-    if offload == "none":
-        # torch's AdamW, fused, needs no compiler; DeepSpeed's own would be built at the first start.
-        parameters |= dict(torch_adam=True, fused=True)
+    if precision == "fp16" and zero_stage(config) == 0:
+        raise ValueError(
+            f"deepspeed.config={config.deepspeed.config} is without ZeRO, where DeepSpeed does not scale the loss of fp16: "
+            "take a file of stage 1, 2 or 3, or train.precision bf16 or fp32"
+        )
+    # torch's AdamW, fused, needs no compiler, offloaded or not; DeepSpeed's own would be built at the first start.
+    parameters = dict(lr=optimizer.lr, betas=list(optimizer.betas), eps=optimizer.eps, torch_adam=True, fused=True)
     return settings | {
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": micro_batch_size(config, world_size),
@@ -99,6 +105,11 @@ def gradient_norm(engine: Any) -> float | None:
     """The global norm before clipping, in float; None where DeepSpeed computes none (fp32 without ZeRO)."""
     norm = engine.get_global_grad_norm()
     return None if norm is None else float(norm)
+
+
+def loss_scale(engine: Any) -> float | None:
+    """What the loss is multiplied by in fp16, at present; None in other precisions."""
+    return float(zero.loss_scaler(engine).cur_scale) if engine.fp16_enabled() else None
 
 
 def full_state_dict(engine: Any, is_main: bool) -> dict[str, torch.Tensor]:
