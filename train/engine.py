@@ -82,10 +82,22 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def build_engine(model: nn.Module, config: AnyConfig, world_size: int, precision: str) -> Any:
-    """`deepspeed.initialize`, with the process group already joined."""
+def build_engine(model: Any, config: AnyConfig, world_size: int, precision: str) -> Any:
+    """`deepspeed.initialize`, with the process group already joined.
+
+    Raises:
+        ValueError: DeepSpeed can't do what is asked for.
+    """
     import deepspeed
 
+    if config.train.compile:
+        if zero_stage(config) == 3:
+            raise ValueError(
+                f"train.compile is true, but deepspeed.config={config.deepspeed.config} is stage 3, which gathers weights in "
+                "hooks that torch.compile can't trace: take stage 0, 1 or 2, or train.compile=false"
+            )
+        for block in model.blocks:  # one block's code serves all, which the whole model's would not
+            block.compile()
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=parameter_groups(model, config.optimizer.weight_decay),

@@ -84,7 +84,16 @@ def _other_world_sizes(ranks: Ranks, directory: Path) -> None:
         assert _train(ranks, directory, name, CLIPPED) == pytest.approx(expected, rel=FLOAT32), name
 
 
+def _compiled(ranks: Ranks, directory: Path) -> None:
+    _other_world_sizes(ranks, directory)
+    expected = json.loads((directory / "losses.json").read_text())
+    compiled = _train(ranks, directory, "zero2", CLIPPED, "train.compile=true", recompute=2)
+    assert compiled == pytest.approx(expected, rel=FLOAT32)
+    with pytest.raises(ValueError, match=r"train.compile is true, but deepspeed.config=.* is stage 3"):
+        _train(ranks, directory, "zero3", "train.compile=true")
+
+
 def test_all_stages_on_any_number_of_ranks_take_the_same_steps(run_distributed, tmp_path):
     run_distributed(_all_stages, 2, tmp_path)
     run_distributed(_other_world_sizes, 4, tmp_path)
-    run_distributed(_other_world_sizes, 1, tmp_path)
+    run_distributed(_compiled, 1, tmp_path)
