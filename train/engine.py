@@ -17,6 +17,8 @@ from torch import nn
 from train import zero
 from train.config import AnyConfig
 from train.data.order import micro_batch_size
+from train.tasks import Task
+from train.tasks.language import LanguageTask
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -80,6 +82,22 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         {"params": [p for p in parameters if _dimensions(p) <= 1], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def build_model(task: Task, config: AnyConfig, world_size: int, precision: str) -> nn.Module:
+    """The task's model with fresh weights, the same on every rank; not for `model.init_from`, which fills a whole model.
+
+    A language model at ZeRO stage 3 is partitioned while it is built, so that no rank ever holds more of it than its share
+    and one parameter.
+    """
+    if zero_stage(config) < 3 or not isinstance(task, LanguageTask) or config.model.init_from:
+        return task.build_model()
+    import deepspeed
+
+    with deepspeed.zero.Init(config_dict_or_path=deepspeed_config(config, world_size, precision)):
+        model = task.build_model(initialise=False)
+    model.initialise(lambda parameter: deepspeed.zero.GatheredParameters([parameter], modifier_rank=0))
+    return model
 
 
 def build_engine(model: Any, config: AnyConfig, world_size: int, precision: str) -> Any:
