@@ -112,6 +112,7 @@ class TrainConfig:
     precision: str = "auto"  # auto | bf16 | fp16 | fp32
     label_smoothing: float = 0.0
     activation_checkpointing: int = 0  # recompute every k-th layer in the backward pass; 1 is all, 0 is off
+    compile: bool = False  # the blocks, by torch.compile: a C++ compiler on CPUs, Triton on GPUs; not at ZeRO stage 3
     planned_world_size: int = 1  # ranks a recipe is meant for; `--dry-run` plans with it
 
 

@@ -17,6 +17,8 @@ from torch import nn
 from train import zero
 from train.config import AnyConfig
 from train.data.order import micro_batch_size
+from train.tasks import Task
+from train.tasks.language import LanguageTask
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -46,14 +48,20 @@ def zero_settings(config: AnyConfig) -> dict[str, Any]:
 
 
 def deepspeed_config(config: AnyConfig, world_size: int, precision: str) -> dict[str, Any]:
-    """The file `deepspeed.config` names, completed with what the YAML file decides."""
+    """The file `deepspeed.config` names, completed with what the YAML file decides.
+
+    Raises:
+        ValueError: fp16 without ZeRO.
+    """
     settings = _deepspeed_file(config)
     optimizer = config.optimizer
-    parameters: dict[str, Any] = dict(lr=optimizer.lr, betas=list(optimizer.betas), eps=optimizer.eps)
-    offload = settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
-    if offload == "none":
-        # torch's AdamW, fused, needs no compiler; DeepSpeed's own would be built at the first start.
-        parameters |= dict(torch_adam=True, fused=True)
+    if precision == "fp16" and zero_stage(config) == 0:
+        raise ValueError(
+            f"deepspeed.config={config.deepspeed.config} is without ZeRO, where DeepSpeed does not scale the loss of fp16: "
+            "take a file of stage 1, 2 or 3, or train.precision bf16 or fp32"
+        )
+    # torch's AdamW, fused, needs no compiler, offloaded or not; DeepSpeed's own would be built at the first start.
+    parameters = dict(lr=optimizer.lr, betas=list(optimizer.betas), eps=optimizer.eps, torch_adam=True, fused=True)
     return settings | {
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": micro_batch_size(config, world_size),
@@ -76,10 +84,38 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def build_engine(model: nn.Module, config: AnyConfig, world_size: int, precision: str) -> Any:
-    """`deepspeed.initialize`, with the process group already joined."""
+def build_model(task: Task, config: AnyConfig, world_size: int, precision: str) -> nn.Module:
+    """The task's model with fresh weights, the same on every rank; not for `model.init_from`, which fills a whole model.
+
+    A language model at ZeRO stage 3 is partitioned while it is built, so that no rank ever holds more of it than its share
+    and one parameter.
+    """
+    if zero_stage(config) < 3 or not isinstance(task, LanguageTask) or config.model.init_from:
+        return task.build_model()
     import deepspeed
 
+    with deepspeed.zero.Init(config_dict_or_path=deepspeed_config(config, world_size, precision)):
+        model = task.build_model(initialise=False)
+    model.initialise(lambda parameter: deepspeed.zero.GatheredParameters([parameter], modifier_rank=0))
+    return model
+
+
+def build_engine(model: Any, config: AnyConfig, world_size: int, precision: str) -> Any:
+    """`deepspeed.initialize`, with the process group already joined.
+
+    Raises:
+        ValueError: DeepSpeed can't do what is asked for.
+    """
+    import deepspeed
+
+    if config.train.compile:
+        if zero_stage(config) == 3:
+            raise ValueError(
+                f"train.compile is true, but deepspeed.config={config.deepspeed.config} is stage 3, which gathers weights in "
+                "hooks that torch.compile can't trace: take stage 0, 1 or 2, or train.compile=false"
+            )
+        for block in model.blocks:  # one block's code serves all, which the whole model's would not
+            block.compile()
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=parameter_groups(model, config.optimizer.weight_decay),
@@ -99,6 +135,11 @@ def gradient_norm(engine: Any) -> float | None:
     """The global norm before clipping, in float; None where DeepSpeed computes none (fp32 without ZeRO)."""
     norm = engine.get_global_grad_norm()
     return None if norm is None else float(norm)
+
+
+def loss_scale(engine: Any) -> float | None:
+    """What the loss is multiplied by in fp16, at present; None in other precisions."""
+    return float(zero.loss_scaler(engine).cur_scale) if engine.fp16_enabled() else None
 
 
 def full_state_dict(engine: Any, is_main: bool) -> dict[str, torch.Tensor]:

@@ -142,7 +142,7 @@ class Trainer:
             gradient_norm=engines.gradient_norm(engine),
             units=config.train.global_batch_size * self._task.units_per_sample,
             seconds=seconds,
-            loss_scale=engine.loss_scale() if engine.fp16_enabled() else None,
+            loss_scale=engines.loss_scale(engine),
         )
 
     def _next_micro_batches(self, batches: Iterator[Batch]) -> tuple[list[Batch], str | None]:

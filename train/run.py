@@ -16,7 +16,7 @@ from train.config import AnyConfig, to_yaml
 from train.data.loader import build_data
 from train.data.order import check_world_size
 from train.distributed import Ranks
-from train.engine import build_engine, resolve_precision
+from train.engine import build_engine, build_model, resolve_precision
 from train.loop import Outcome, Trainer, TrainingError
 from train.monitor import Monitor
 from train.resume import check_same_run
@@ -93,7 +93,7 @@ def _build_engine(
 ) -> tuple[Any, State | None]:
     """The engine, with the newest checkpoint's state, or with fresh weights that are the same on every rank."""
     torch.manual_seed(config.train.seed)
-    model = task.build_model()
+    model = build_model(task, config, ranks.world_size, precision)
     if config.model.init_from:
         with ranks.fail_together():
             load_weights(model, config.model.init_from)

@@ -195,6 +195,11 @@ def _check_deepspeed_file(config: AnyConfig, problems: Problems) -> None:
         return
     for name in sorted(DECIDED_HERE.keys() & settings.keys()):
         problems.require(False, key, str(path), f"without {name!r}, which {DECIDED_HERE[name]} decides")
+    zero = settings.get("zero_optimization", {})
+    for name in ("offload_optimizer", "offload_param"):
+        device = zero.get(name, {}).get("device", "none")
+        allowed = f"a file whose {name} is to none or cpu, not {device}: what is offloaded elsewhere can't be saved"
+        problems.require(device in ("none", "cpu"), key, str(path), allowed)
 
 
 def _check_width_and_layers(model: LanguageModelConfig | VisionModelConfig, problems: Problems) -> None:

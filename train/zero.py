@@ -90,16 +90,16 @@ def refresh_weights(engine: Any) -> None:
 
 
 def loss_scaler(engine: Any) -> Any:
-    """The object that remembers the loss scale of fp16 and when it last was too large."""
-    return getattr(engine.optimizer, "loss_scaler", None) or engine.optimizer.loss_scale_config
+    """The object that remembers the loss scale of fp16 and when it last was too large; at stages 1 to 3."""
+    return engine.optimizer.loss_scaler
 
 
 def undo_first_step(engine: Any) -> None:
-    """DeepSpeed's half-precision optimizer without ZeRO takes a step on zero gradients when it is built.
+    """DeepSpeed's bf16 optimizer without ZeRO takes a step on zero gradients when it is built.
 
     It would decay the weights and put AdamW's bias correction a step ahead of the other stages'.
     """
-    if engine.zero_optimization_stage() == 0 and not _is_float32(engine):
+    if engine.zero_optimization_stage() == 0 and engine.bfloat16_enabled():
         engine.optimizer.refresh_fp32_params()
         engine.optimizer.optimizer.state.clear()
 
@@ -109,13 +109,9 @@ def _trained(engine: Any) -> list[tuple[str, Any]]:
     return [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
 
 
-def _is_float32(engine: Any) -> bool:
-    return not (engine.fp16_enabled() or engine.bfloat16_enabled())
-
-
 def _master_weights(engine: Any) -> dict[int, Tensor]:
     """Without ZeRO: the float32 weights by the id of the parameter they belong to."""
-    if _is_float32(engine):
+    if not engine.bfloat16_enabled():
         return {id(parameter): parameter for _, parameter in _trained(engine)}
     optimizer = engine.optimizer
     groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)

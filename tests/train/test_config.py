@@ -270,6 +270,7 @@ def test_several_problems_are_told_at_once(tmp_path: Path) -> None:
         ('{"scheduler": {}}', "which schedule.* decides"),
         ('{"bf16": {"enabled": true}}', "which train.precision decides"),
         ('{"fp16": {"enabled": true}}', "which train.precision decides"),
+        ('{"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}', "to none or cpu, not nvme"),
     ],
 )
 def test_deepspeed_files_that_decide_too_much(tmp_path: Path, content: str, message: str) -> None:

@@ -33,7 +33,13 @@ def test_the_file_chooses_the_stage(tmp_path):
     path.write_text(json.dumps({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}))
     settings = deepspeed_config(load_config(QUICKSTART, [f"deepspeed.config={path}"]), 2, "bf16")
     assert settings["zero_optimization"]["stage"] == 1
-    assert "torch_adam" not in settings["optimizer"]["params"]  # offloading has DeepSpeed's own Adam
+    assert settings["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+
+
+def test_fp16_without_zero_is_refused():
+    config = load_config(QUICKSTART, ["deepspeed.config=configs/deepspeed/zero0.json"])
+    with pytest.raises(ValueError, match=r"deepspeed.config=configs/deepspeed/zero0.json is without ZeRO.*fp16"):
+        deepspeed_config(config, 2, "fp16")
 
 
 def test_only_matrices_decay():

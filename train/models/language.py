@@ -10,6 +10,9 @@ Shapes: B rows, N tokens a row, D width, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,9 +34,10 @@ class LanguageModel(nn.Module):
     Args:
         config: the `model` section of the configuration, already validated.
         activation_checkpointing: recompute every k-th block in the backward pass; 0 is off, 1 is all.
+        initialise: False leaves the weights as torch makes them; `initialise` must follow.
     """
 
-    def __init__(self, config: LanguageModelConfig, activation_checkpointing: int = 0) -> None:
+    def __init__(self, config: LanguageModelConfig, activation_checkpointing: int = 0, initialise: bool = True) -> None:
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
@@ -51,7 +55,8 @@ class LanguageModel(nn.Module):
             self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         elif config.head == "adaptive":
             self.head = AdaptiveHead(config.width, config.vocab_size, config.adaptive_cutoffs)
-        self._initialise()
+        if initialise:
+            self.initialise()
 
     def forward(
         self, input_ids: torch.Tensor, targets: torch.Tensor | None = None, cu_seqlens: torch.Tensor | None = None
@@ -107,17 +112,26 @@ class LanguageModel(nn.Module):
         return every > 0 and number % every == 0 and self.training and torch.is_grad_enabled()
 
     @torch.no_grad()
-    def _initialise(self) -> None:
-        """As in GPT-2: a standard deviation of 0.02, less where branches add up along the depth; biases zero."""
+    def initialise(self, writable: Callable[[Any], AbstractContextManager[Any]] = nullcontext) -> None:
+        """As in GPT-2: a standard deviation of 0.02, less where branches add up along the depth; biases zero.
+
+        `writable(parameter)` makes a parameter of a partitioned model whole while it is written.
+        """
+
+        def draw(parameter: Any, std: float) -> None:
+            with writable(parameter):  # drawn in float32, so that they are the same numbers in any precision
+                parameter.copy_(torch.empty(parameter.shape, dtype=torch.float32).normal_(std=std))
+
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=INITIAL_STD)
+                draw(module.weight, INITIAL_STD)
             if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+                with writable(module.bias):
+                    nn.init.zeros_(module.bias)
         residual_std = INITIAL_STD / math.sqrt(2 * self.config.layers)
         for name, parameter in self.blocks.named_parameters():
             if name.endswith(("proj.weight", "down.weight")):
-                nn.init.normal_(parameter, std=residual_std)
+                draw(parameter, residual_std)
 
 
 class Block(nn.Module):

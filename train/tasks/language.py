@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from train.config import LanguageConfig
 from train.evaluate.generation import generate
@@ -24,8 +24,8 @@ class LanguageTask:
         self._device = device
         self.units_per_sample = config.model.sequence_length
 
-    def build_model(self) -> nn.Module:
-        return LanguageModel(self._config.model, self._config.train.activation_checkpointing)
+    def build_model(self, initialise: bool = True) -> LanguageModel:
+        return LanguageModel(self._config.model, self._config.train.activation_checkpointing, initialise)
 
     def flops_per_unit(self) -> tuple[float, float]:
         model, hardware = flops_per_sample(self._config, self._device)
