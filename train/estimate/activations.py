@@ -17,8 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from train.config import AnyConfig, LanguageConfig
+from train.config import AnyConfig, LanguageConfig, LanguageModelConfig
 from train.estimate.live_memory import LiveBytes
+from train.models.heads import AdaptiveHead, token_losses
 from train.tasks import Task, build_task
 
 
@@ -88,6 +89,31 @@ def _trace(config: AnyConfig, task: Task, model: nn.Module, samples: int) -> Act
     return Activations(kept, live.peak - before, sum(weights[storage] for storage in kept_weights))
 
 
+def trace_head(model: LanguageModelConfig, samples: int, dtype: torch.dtype) -> Activations:
+    """What of it the language model's head takes: logits and losses of `samples` rows, and what they are made from."""
+    tokens = samples * model.sequence_length
+    with FakeTensorMode(), _NoRareTokens():
+        x_TD = torch.empty(tokens, model.width, dtype=dtype, requires_grad=True)
+        targets_T = torch.empty(tokens, dtype=torch.int64)
+        weights: list[Tensor]
+        if model.head == "adaptive":
+            adaptive = AdaptiveHead(model.width, model.vocab_size, model.adaptive_cutoffs).to(dtype)
+            weights = list(adaptive.parameters())
+        else:
+            weights = [nn.Parameter(torch.empty(model.vocab_size, model.width, dtype=dtype))]
+        for weight in weights:
+            weight.register_post_accumulate_grad_hook(_drop_gradient)
+        with LiveBytes([x_TD, targets_T, *weights]) as live:
+            before = live.now
+            if model.head == "adaptive":
+                losses_T = adaptive.token_losses(x_TD, targets_T)
+            else:
+                losses_T = token_losses(x_TD, weights[0], targets_T)
+            kept = live.now - before
+            losses_T.sum().backward()
+    return Activations(kept, live.peak - before, kept_weights=0)
+
+
 def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:
     """Gives a model on `meta` fake weights on the CPU, inside a FakeTensorMode."""
     for module in model.modules():
@@ -99,7 +125,7 @@ def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def _drop_gradient(parameter: nn.Parameter) -> None:
+def _drop_gradient(parameter: Tensor) -> None:
     """Gradients of weights are counted with the training state."""
     parameter.grad = None
 
