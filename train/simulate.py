@@ -29,6 +29,7 @@ from train.config import AnyConfig, load_config
 from train.data.manifest import Manifest
 from train.data.order import DataOrder, check_world_size, micro_batch_size, rank_numbers
 from train.data.storage import is_remote
+from train.distributed import disable_shared_memory_extension
 from train.engine import DTYPES, deepspeed_config, gradient_accumulation_steps, zero_settings
 from train.estimate.activations import meta_model
 from train.estimate.memory import state_memory, zero_config
@@ -98,6 +99,7 @@ def _fake_process_group(rank: int, world_size: int) -> Iterator[None]:
     variables = dict(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0", MASTER_ADDR="none", MASTER_PORT="0")
     before = os.environ.copy()
     os.environ.update(variables)
+    disable_shared_memory_extension()
     try:
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         yield

@@ -53,6 +53,8 @@ def make_plan(config: AnyConfig, options: argparse.Namespace) -> report.Plan:
     check_world_size(config, gpus)
     if config.train.precision == "auto":
         config.train.precision = "bf16"  # all of the table's GPUs have it
+    if config.train.precision == "fp32":
+        raise ValueError("train.precision is fp32; a plan needs bf16 or fp16, whose peak the table of GPUs has")
     gpu = GPUS[options.gpu]
     if options.network_gbit is not None:
         gpu = dataclasses.replace(gpu, network=options.network_gbit * GBIT, source=f"{gpu.source}; --network-gbit")

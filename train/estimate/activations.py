@@ -66,8 +66,6 @@ def trace_activations(
 
 def _trace(config: AnyConfig, task: Task, model: nn.Module, samples: int) -> Activations:
     weights = {p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in model.parameters()}
-    for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(_drop_gradient)
     batch = task.placeholder_batch(samples)
     if isinstance(config, LanguageConfig):
         batch["cu_seqlens"] = None  # type: ignore[assignment]
@@ -92,30 +90,29 @@ def _trace(config: AnyConfig, task: Task, model: nn.Module, samples: int) -> Act
 def trace_head(model: LanguageModelConfig, samples: int, dtype: torch.dtype) -> Activations:
     """What of it the language model's head takes: logits and losses of `samples` rows, and what they are made from."""
     tokens = samples * model.sequence_length
+    with torch.device("meta"):
+        head: AdaptiveHead | nn.Linear
+        if model.head == "adaptive":
+            head = AdaptiveHead(model.width, model.vocab_size, model.adaptive_cutoffs)
+        else:
+            head = nn.Linear(model.width, model.vocab_size, bias=False)
     with FakeTensorMode(), _NoRareTokens():
+        _make_fake(head, dtype)
         x_TD = torch.empty(tokens, model.width, dtype=dtype, requires_grad=True)
         targets_T = torch.empty(tokens, dtype=torch.int64)
-        weights: list[Tensor]
-        if model.head == "adaptive":
-            adaptive = AdaptiveHead(model.width, model.vocab_size, model.adaptive_cutoffs).to(dtype)
-            weights = list(adaptive.parameters())
-        else:
-            weights = [nn.Parameter(torch.empty(model.vocab_size, model.width, dtype=dtype))]
-        for weight in weights:
-            weight.register_post_accumulate_grad_hook(_drop_gradient)
-        with LiveBytes([x_TD, targets_T, *weights]) as live:
+        with LiveBytes([x_TD, targets_T, *head.parameters()]) as live:
             before = live.now
-            if model.head == "adaptive":
-                losses_T = adaptive.token_losses(x_TD, targets_T)
+            if isinstance(head, AdaptiveHead):
+                losses_T = head.token_losses(x_TD, targets_T)
             else:
-                losses_T = token_losses(x_TD, weights[0], targets_T)
+                losses_T = token_losses(x_TD, head.weight, targets_T)
             kept = live.now - before
             losses_T.sum().backward()
     return Activations(kept, live.peak - before, kept_weights=0)
 
 
 def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:
-    """Gives a model on `meta` fake weights on the CPU, inside a FakeTensorMode."""
+    """Gives a model on `meta` fake weights on the CPU, inside a FakeTensorMode. They drop their gradients."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -123,6 +120,8 @@ def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(_drop_gradient)
 
 
 def _drop_gradient(parameter: Tensor) -> None:

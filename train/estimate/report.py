@@ -123,7 +123,9 @@ def memory(plan: Plan) -> str:
         zero_rows.append((label, *map(_gib, parts), _gib(peak), _gib(state.host), verdict))
     header = ("GiB a GPU", "weights", "optimizer", "gradients", "buckets", "gathered", "at most", "on host", "")
     tables.append(_table(header, zero_rows))
-    tables.append(f"A {plan.gpu.title} has {_gib(plan.gpu.memory)} GiB, about {_gib(plan.gpu.fits)} for tensors.")
+    tables.append(
+        f"Memory of each {plan.gpu.title}: {_gib(plan.gpu.memory)} GiB, of which about {_gib(plan.gpu.fits)} for tensors."
+    )
     return "\n\n".join(tables)
 
 
@@ -142,9 +144,9 @@ def compute(plan: Plan) -> str:
     units = plan.config.train.global_batch_size * plan.task.units_per_sample
     unit = plan.task.unit.removesuffix("s")
     return _lines(
-        (f"model FLOPs a {unit}", f"{model_flops:.3e}"),
+        (f"model FLOPs per {unit}", f"{model_flops:.3e}"),
         (
-            f"hardware FLOPs a {unit}",
+            f"hardware FLOPs per {unit}",
             f"{hardware_flops:.3e}  (attention by {plan.backend}, recomputed layers included)",
         ),
         ("hardware FLOPs a GPU and step", f"{hardware_flops * units / plan.gpus:.3e}"),
@@ -193,7 +195,7 @@ def time_and_cost(plan: Plan, dollars_per_gpu_hour: float | None) -> str:
             f"{_percent(LINK_EFFICIENCY)} of {plan.gpu.link / 1e9:.0f} GB/s in a node, "
             f"{plan.gpu.network / 1e9:.1f} GB/s a GPU between nodes",
         ),
-        ("seconds a step", f"{fast:.2f} to {slow:.2f}"),
+        ("seconds a step", f"{fast:.3g} to {slow:.3g}"),
         (f"{unit} a second", f"{units / slow:,.0f} to {units / fast:,.0f}"),
         ("MFU", f"{model_flops / slow:.0%} to {model_flops / fast:.0%}"),
     ]
@@ -203,7 +205,7 @@ def time_and_cost(plan: Plan, dollars_per_gpu_hour: float | None) -> str:
         spans.insert(0, (f"an epoch, {steps:,.0f} steps", steps))
     for label, steps in spans:
         hours = [seconds * steps / 3600 for seconds in (fast, slow)]
-        text = f"{hours[0]:,.1f} to {hours[1]:,.1f} hours, {hours[0] * plan.gpus:,.0f} to {hours[1] * plan.gpus:,.0f} GPU hours"
+        text = f"{hours[0] * plan.gpus:,.1f} to {hours[1] * plan.gpus:,.1f} GPU hours in {hours[0]:,.2f} to {hours[1]:,.2f} hours"
         if dollars_per_gpu_hour is not None:
             text += ", $" + " to $".join(f"{h * plan.gpus * dollars_per_gpu_hour:,.0f}" for h in hours)
         rows.append((label, text))
