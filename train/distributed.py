@@ -97,7 +97,7 @@ def start() -> Ranks:
 
     import deepspeed
 
-    _disable_shared_memory_extension()
+    disable_shared_memory_extension()
     # Deprecation notices that DeepSpeed earns from torch, once per rank and step: nothing a user can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
     try:
@@ -144,7 +144,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _disable_shared_memory_extension() -> None:
+def disable_shared_memory_extension() -> None:
     """Keeps DeepSpeed from compiling its CPU all-reduce at every start (minutes, and it needs a compiler); gloo serves."""
     from deepspeed.ops import __compatible_ops__
 

@@ -310,6 +310,8 @@ PARAMETERS = {
     "configs/language/quickstart.yaml": 5_008_640,
     "configs/language/gpt2_124m.yaml": 124_439_808 + (50_304 - 50_257) * 768,  # GPT-2's own, and the padded vocabulary
     "configs/language/llama_1b.yaml": 1_235_814_400 - (128_256 - 32_768) * 2048,  # Llama 3.2 1B's, less vocabulary
+    "configs/language/llama_70b.yaml": 68_976_648_192
+    + 2 * (32_768 - 32_000) * 8192,  # Llama 2 70B's, padded vocabulary
     "configs/language/wikitext103_paper.yaml": 78_078_080,
     "configs/vision/quickstart.yaml": 2_684_554,
     "configs/vision/deit_tiny.yaml": 5_717_416,  # as published

@@ -17,8 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from train.config import AnyConfig, LanguageConfig
+from train.config import AnyConfig, LanguageConfig, LanguageModelConfig
 from train.estimate.live_memory import LiveBytes
+from train.models.heads import AdaptiveHead, token_losses
 from train.tasks import Task, build_task
 
 
@@ -65,8 +66,6 @@ def trace_activations(
 
 def _trace(config: AnyConfig, task: Task, model: nn.Module, samples: int) -> Activations:
     weights = {p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in model.parameters()}
-    for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(_drop_gradient)
     batch = task.placeholder_batch(samples)
     if isinstance(config, LanguageConfig):
         batch["cu_seqlens"] = None  # type: ignore[assignment]
@@ -88,8 +87,32 @@ def _trace(config: AnyConfig, task: Task, model: nn.Module, samples: int) -> Act
     return Activations(kept, live.peak - before, sum(weights[storage] for storage in kept_weights))
 
 
+def trace_head(model: LanguageModelConfig, samples: int, dtype: torch.dtype) -> Activations:
+    """What of it the language model's head takes: logits and losses of `samples` rows, and what they are made from."""
+    tokens = samples * model.sequence_length
+    with torch.device("meta"):
+        head: AdaptiveHead | nn.Linear
+        if model.head == "adaptive":
+            head = AdaptiveHead(model.width, model.vocab_size, model.adaptive_cutoffs)
+        else:
+            head = nn.Linear(model.width, model.vocab_size, bias=False)
+    with FakeTensorMode(), _NoRareTokens():
+        _make_fake(head, dtype)
+        x_TD = torch.empty(tokens, model.width, dtype=dtype, requires_grad=True)
+        targets_T = torch.empty(tokens, dtype=torch.int64)
+        with LiveBytes([x_TD, targets_T, *head.parameters()]) as live:
+            before = live.now
+            if isinstance(head, AdaptiveHead):
+                losses_T = head.token_losses(x_TD, targets_T)
+            else:
+                losses_T = token_losses(x_TD, head.weight, targets_T)
+            kept = live.now - before
+            losses_T.sum().backward()
+    return Activations(kept, live.peak - before, kept_weights=0)
+
+
 def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:
-    """Gives a model on `meta` fake weights on the CPU, inside a FakeTensorMode."""
+    """Gives a model on `meta` fake weights on the CPU, inside a FakeTensorMode. They drop their gradients."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -97,9 +120,11 @@ def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(_drop_gradient)
 
 
-def _drop_gradient(parameter: nn.Parameter) -> None:
+def _drop_gradient(parameter: Tensor) -> None:
     """Gradients of weights are counted with the training state."""
     parameter.grad = None
 

@@ -1,0 +1,90 @@
+"""`python -m train.estimate`: what it prints for language and vision, its arithmetic, and what it refuses."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from train.config import load_config
+from train.estimate.__main__ import main
+from train.estimate.communication import collectives
+from train.estimate.gpus import GPUS
+from train.estimate.memory import zero_config
+from train.models.attention import backend_in_use
+
+SECTIONS = ("MODEL AND CLUSTER", "MEMORY", "FLOPS", "COMMUNICATION", "TIME AND COST", "STORAGE")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            ["configs/language/llama_1b.yaml", "--gpus=16", "model.layers=2"],
+            [r"  norms +10,240", "ZeRO-3 .* this config", "of these, logits and losses", r"a checkpoint +2.6 GB"],
+        ),
+        (["configs/language/wikitext103_paper.yaml", "--gpus=4", "--gpu=4090", "model.layers=2"], ["composed"]),
+        (
+            ["configs/vision/deit_tiny.yaml", "--gpus=8", "--gpu=a100-80", "--samples=1281167"],
+            [r"an epoch, 1,251 steps", r"images a step +1,024"],
+        ),
+        (["configs/vision/quickstart.yaml", "--gpus=2", "--dollars-per-gpu-hour=2"], [r"the run, 3,750 steps .*, \$"]),
+    ],
+    ids=["llama_1b", "wikitext103_paper", "deit_tiny", "vision_quickstart"],
+)
+def test_prints_every_section(arguments, expected, capsys):
+    main(arguments)
+    printed = capsys.readouterr().out
+    assert [title for title in SECTIONS if title not in printed] == []
+    for pattern in expected:
+        assert re.search(pattern, printed), printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus=7"], r"data.lanes is 15360; it must be a multiple of the number of ranks, 7"),
+        (["--gpus=1024"], r"train.global_batch_size is 512; it must be a multiple of the number of ranks, 1024"),
+        (["--gpus=64", "train.micro_batch_size=16"], r"train.micro_batch_size is 16; .* one of 1, 2, 4, 8$"),
+        (["--gpus=12"], r"--gpus is 12; it must be at most --gpus-per-node, 8, or a multiple of it"),
+        (["--gpus=8", "train.precision=fp32"], r"train.precision is fp32"),
+    ],
+    ids=["lanes", "global batch", "micro-batch", "half a node", "fp32"],
+)
+def test_impossible_layouts_are_refused_with_the_reason(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        main(["configs/language/llama_1b.yaml", *arguments])
+
+
+def test_seconds_of_a_collective_are_those_of_its_slowest_link():
+    h100, stage = GPUS["h100"], zero_config({}, 1)
+    reduce, gather = collectives(stage, 10**9, "bf16", micro_batches=4)
+    assert (reduce.kind, reduce.payload, gather.kind, gather.payload) == ("all-reduce", 2e9, "all-gather", 2e9)
+    # In one node every GPU gets 7/8 of it over NVLink, and for an all-reduce twice.
+    assert gather.seconds(h100, 8, 8) == pytest.approx(7 / 8 * 2e9 / 450e9)
+    assert reduce.seconds(h100, 8, 8) == pytest.approx(2 * 7 / 8 * 2e9 / 450e9)
+    # In two, half of it comes to each node through eight network cards of 50 GB/s.
+    assert gather.seconds(h100, 16, 8) == pytest.approx(max(15 / 16 * 2e9 / 450e9, 1 / 2 * 2e9 / (8 * 50e9)))
+    assert gather.seconds(GPUS["a100-80"], 64, 8) == pytest.approx(7 / 8 * 2e9 / (8 * 25e9))
+    assert gather.seconds(h100, 1, 8) == 0
+
+
+def test_accumulated_micro_batches_are_sent_by_stages_2_and_3_only():
+    sent = {stage: sum(c.sent(2) for c in collectives(zero_config({}, stage), 10**10, "bf16", 4)) for stage in range(4)}
+    once = 2e10
+    assert sent == {0: once, 1: 1.5 * once, 2: 4.5 * once, 3: 4 * (1.0 + 0.5) * once}
+
+
+def test_a_block_that_is_let_go_while_it_is_recomputed_is_gathered_three_times():
+    zero = zero_config({"stage3_max_reuse_distance": 10**8}, 3)
+    gather, _ = collectives(zero, 10**10, "bf16", 1, recomputed=9 * 10**9, largest_block=10**9)
+    assert gather.payload == pytest.approx((2 + 0.9) * 2e10)
+
+
+def test_auto_is_the_backend_that_twicing_attention_takes_on_that_device():
+    model = load_config("configs/language/quickstart.yaml").model
+    assert backend_in_use(model, torch.device("cpu"), torch.float64) == "composed"
+    assert backend_in_use(model, torch.device("cuda"), torch.float64) == "composed"
+    model.attention_backend = "reference"
+    assert backend_in_use(model, torch.device("cuda"), torch.bfloat16) == "reference"
