@@ -47,6 +47,10 @@ def zero_settings(config: AnyConfig) -> dict[str, Any]:
     return settings
 
 
+def zero_stage(config: AnyConfig) -> int:
+    return int(zero_settings(config).get("stage", 0))
+
+
 def deepspeed_config(config: AnyConfig, world_size: int, precision: str) -> dict[str, Any]:
     """The file `deepspeed.config` names, completed with what the YAML file decides.
 
