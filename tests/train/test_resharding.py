@@ -11,14 +11,22 @@ from safetensors.torch import load_file, save_file
 from train.checkpoint import Checkpoints, State
 from train.config import load_config
 from train.distributed import Ranks
-from train.engine import build_engine, full_state_dict, set_learning_rate
+from train.engine import build_engine, full_state_dict, loss_scale, set_learning_rate
 from train.models.language import LanguageModel
 
 # Odd sizes, so that no parameter divides evenly by the number of ranks.
 SMALL = ["model.vocab_size=65", "model.layers=2", "model.width=36", "model.heads=2", "model.mlp_width=51"]
-WRITTEN = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (2, "bf16"), (3, "bf16")]  # stage and precision
+WRITTEN = [
+    (0, "fp32"),
+    (1, "fp32"),
+    (2, "fp32"),
+    (3, "fp32"),
+    (2, "bf16"),
+    (3, "bf16"),
+    (1, "fp16"),
+]  # stage and precision
 # Stage and precision of a checkpoint, and the stage that continues it: every stage reads and is read.
-ON_FOUR_RANKS = [(0, "fp32", 1), (1, "fp32", 2), (2, "fp32", 3), (3, "fp32", 0), (2, "bf16", 3)]
+ON_FOUR_RANKS = [(0, "fp32", 1), (1, "fp32", 2), (2, "fp32", 3), (3, "fp32", 0), (2, "bf16", 3), (1, "fp16", 3)]
 ON_ONE_RANK = [(0, "fp32", 2), (1, "fp32", 3), (2, "fp32", 0), (3, "fp32", 1), (3, "bf16", 0)]
 
 
@@ -43,6 +51,8 @@ def _write(ranks: Ranks, directory: Path) -> None:
     """In each case, a checkpoint after two steps, and the weights after a third."""
     for stage, precision in WRITTEN:
         engine = _engine(ranks, directory, stage, precision, seed=0)
+        if precision == "fp16":
+            engine.optimizer.loss_scaler.cur_scale = 1024.0
         for step in (1, 2):
             _step(engine, ranks, step)
         checkpoints = Checkpoints(directory / f"{stage}{precision}", ranks, keep=1)
@@ -60,13 +70,14 @@ def _continue(ranks: Ranks, directory: Path, cases: list[tuple[int, str, int]]) 
         engine = _engine(ranks, directory, stage, precision, seed=1)
         state = Checkpoints(run, ranks, keep=1).load_newest(engine)
         assert state is not None and (state.step, state.world_size, state.zero_stage) == (2, 2, written_stage)
+        assert loss_scale(engine) == (1024.0 if precision == "fp16" else None)
         saved = load_file(run / "checkpoints" / "step_00000002" / "model.safetensors")
         for name, weight in full_state_dict(engine, is_main=True).items():
             assert torch.equal(weight, saved[name])
         _step(engine, ranks, 3)  # which needs the moments and AdamW's step
         expected = load_file(run / "expected.safetensors")
         for name, weight in full_state_dict(engine, is_main=True).items():
-            # Gradients are summed over ranks in another order: in bf16 their last bit differs, and the weights' too.
+            # Gradients are summed over ranks in another order: in half precision their last bit differs, and the weights' too.
             tolerance = dict(rtol=1e-5, atol=1e-6) if precision == "fp32" else dict(rtol=2**-7, atol=2**-11)
             torch.testing.assert_close(weight, expected[name], **tolerance)
 
