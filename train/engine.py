@@ -7,7 +7,6 @@ written once, in the YAML file, and put into DeepSpeed's configuration here.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,6 @@ from train.config import AnyConfig
 from train.data.order import micro_batch_size
 from train.tasks import Task
 from train.tasks.language import LanguageTask
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """`auto` becomes bf16 where the processor computes in it, else fp16 on a GPU and fp32 on a CPU."""
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    # Without these instructions a CPU only imitates bf16, slower than fp32.
-    flags = set(Path("/proc/cpuinfo").read_text().split()) if os.path.exists("/proc/cpuinfo") else set()
-    return "bf16" if flags & {"avx512_bf16", "amx_bf16", "bf16"} else "fp32"
 
 
 def gradient_accumulation_steps(config: AnyConfig, world_size: int) -> int:

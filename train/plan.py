@@ -13,8 +13,9 @@ from torch import nn
 from train.config import AnyConfig, VisionConfig, to_yaml
 from train.data.loader import build_data
 from train.data.order import check_world_size, micro_batch_size
-from train.engine import DTYPES, gradient_accumulation_steps, resolve_precision, zero_settings
+from train.engine import gradient_accumulation_steps, zero_settings
 from train.estimate.memory import state_memory, zero_config
+from train.precision import DTYPES, resolve_precision
 from train.run_directory import EXIT_FINISHED
 from train.tasks import Batch, Task, build_task, targets
 

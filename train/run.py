@@ -16,9 +16,10 @@ from train.config import AnyConfig, to_yaml
 from train.data.loader import build_data
 from train.data.order import check_world_size
 from train.distributed import Ranks
-from train.engine import build_engine, build_model, resolve_precision
+from train.engine import build_engine, build_model
 from train.loop import Outcome, Trainer, TrainingError
 from train.monitor import Monitor
+from train.precision import resolve_precision
 from train.resume import check_same_run
 from train.run_directory import EXIT_FINISHED, EXIT_STOPPED, RunDirectory, checkpoint_steps, newest_checkpoint
 from train.signals import StopRequest

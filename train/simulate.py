@@ -30,9 +30,10 @@ from train.data.manifest import Manifest
 from train.data.order import DataOrder, check_world_size, micro_batch_size, rank_numbers
 from train.data.storage import is_remote
 from train.distributed import disable_shared_memory_extension
-from train.engine import DTYPES, deepspeed_config, gradient_accumulation_steps, zero_settings
+from train.engine import deepspeed_config, gradient_accumulation_steps, zero_settings
 from train.estimate.activations import meta_model
 from train.estimate.memory import state_memory, zero_config
+from train.precision import DTYPES
 from train.tasks import build_task
 from train.trained import print_errors
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from train.config import AnyConfig, load_config
 from train.data.loader import Data, build_data
-from train.engine import DTYPES, resolve_precision
+from train.precision import DTYPES, resolve_precision
 from train.run_directory import newest_checkpoint
 from train.tasks import Task, build_task
 from train.weights import load_weights

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from train.config import load_config
-from train.engine import deepspeed_config, parameter_groups, resolve_precision
+from train.engine import deepspeed_config, parameter_groups
+from train.precision import resolve_precision
 
 QUICKSTART = "configs/language/quickstart.yaml"
 

@@ -11,12 +11,13 @@ from torch import nn
 
 from train.config import AnyConfig, LanguageConfig
 from train.data.order import micro_batch_size
-from train.engine import DTYPES, gradient_accumulation_steps, zero_settings
+from train.engine import gradient_accumulation_steps, zero_settings
 from train.estimate.activations import Activations, trace_activations, trace_head
 from train.estimate.communication import Collective, collectives
 from train.estimate.gpus import GIB, Gpu
 from train.estimate.memory import state_memory, zero_config
 from train.models.attention import backend_in_use
+from train.precision import DTYPES
 from train.tasks import Task, flops_per_sample
 
 CUDA = torch.device("cuda")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from train.config import AnyConfig, LanguageConfig, VisionConfig
-from train.engine import DTYPES, resolve_precision
 from train.models.attention import backend_in_use
 from train.models.flops import model_flops_per_sample
+from train.precision import DTYPES, resolve_precision
 
 Batch = dict[str, Tensor]
 

@@ -13,12 +13,13 @@ from torch.utils._pytree import tree_leaves
 
 from train.config import AnyConfig, load_config
 from train.distributed import Ranks
-from train.engine import DTYPES, build_engine, gradient_accumulation_steps, zero_settings
+from train.engine import build_engine, gradient_accumulation_steps, zero_settings
 from train.estimate.activations import Activations, trace_activations
 from train.estimate.communication import collectives
 from train.estimate.live_memory import LiveBytes
 from train.estimate.memory import state_memory, zero_config
 from train.models.attention import backend_in_use
+from train.precision import DTYPES
 from train.tasks import build_task
 
 LANGUAGE = [
