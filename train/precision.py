@@ -1,4 +1,4 @@
-"""Which dtype a run computes in."""
+"""The dtype a run computes in."""
 
 from __future__ import annotations
 
