@@ -48,7 +48,7 @@ def build(program: str, *defines: str, kernels: Path = KERNELS, options: tuple[s
             "-o",
             str(unfinished),
         ]
-        subprocess.run([*command, str(EMULATOR / program), str(EMULATOR / "simt.cpp")], check=True)
+        subprocess.run([*command, *(str(EMULATOR / name) for name in (program, "simt.cpp", "memory.cpp"))], check=True)
         unfinished.rename(library)
     return library
 
@@ -141,6 +141,7 @@ class Kernels:
         scale: float | None = None,
         cu_seqlens: Tensor | None = None,
         seed: int = 0,
+        resident: int = 1,
         truncate: bool = False,
     ) -> Run:
         """Returns `output`, `u` and `lse`, as `twicing::forward` does.
@@ -149,13 +150,14 @@ class Kernels:
             query: (batch, heads, seq, head_dim), any strides that the kernels take.
             key, value: (batch, key_heads, seq, head_dim).
             seed: 0, or a random schedule.
+            resident: how many blocks are in flight at a time.
             truncate: whether tensor cores round towards zero.
         """
         problem = _problem(query, key, is_causal, scale, cu_seqlens)
         run = Run(
             {"u": poison(query), "output": poison(query), "lse": query.new_full(query.shape[:3], math.nan).float()}
         )
-        self._start(seed, truncate, cu_seqlens, {"query": query, "key": key, "value": value}, run.tensors)
+        self._start(seed, resident, truncate, cu_seqlens, {"query": query, "key": key, "value": value}, run.tensors)
         tensors = [_Tensor.of(tensor) for tensor in (query, key, value, run["u"], run["output"])]
         self._library.run_forward(ctypes.byref(_ForwardParams(problem, *tensors, run["lse"].data_ptr())))
         return self._finish(run)
@@ -173,6 +175,7 @@ class Kernels:
         scale: float | None = None,
         cu_seqlens: Tensor | None = None,
         seed: int = 0,
+        resident: int = 1,
         truncate: bool = False,
     ) -> Run:
         """Returns `grad_query`, `grad_key` and `grad_value` of what `forward` returned. See there.
@@ -187,7 +190,7 @@ class Kernels:
         run.tensors |= {"grad_u": poison(query), "delta": torch.full_like(forward["lse"], math.nan)}
         if not deterministic:
             run.tensors["grad_query_sum"] = poison(query).float()
-        self._start(seed, truncate, cu_seqlens, inputs, run.tensors)
+        self._start(seed, resident, truncate, cu_seqlens, inputs, run.tensors)
         by_name = inputs | run.tensors
         tensors = [_Tensor.of(by_name[name]) for name in (*_BackwardParams._inputs, *_BackwardParams._outputs)]
         query_sum = None if deterministic else run["grad_query_sum"].data_ptr()
@@ -203,12 +206,13 @@ class Kernels:
     def _start(
         self,
         seed: int,
+        resident: int,
         truncate: bool,
         cu_seqlens: Tensor | None,
         inputs: dict[str, Tensor],
         outputs: dict[str, Tensor],
     ) -> None:
-        self._library.emulator_reset(ctypes.c_uint32(seed), ctypes.c_bool(truncate))
+        self._library.emulator_reset(ctypes.c_uint32(seed), ctypes.c_bool(truncate), resident)
         if cu_seqlens is not None:
             inputs = inputs | {"cu_seqlens": cu_seqlens}
         for writable, tensors in ((False, inputs), (True, outputs)):
