@@ -76,7 +76,7 @@ class _ForwardParams(ctypes.Structure):
 
     _fields_ = [("problem", _Problem)]
     _fields_ += [(name, _Tensor) for name in ("query", "key", "value", "u", "output")]
-    _fields_ += [("lse", ctypes.c_void_p)]
+    _fields_ += [("lse", ctypes.c_void_p), ("workspace", ctypes.c_void_p)]  # the latter of the wavefront only
 
 
 class _BackwardParams(ctypes.Structure):
@@ -111,6 +111,9 @@ class Run:
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
+    def address(self, name: str) -> int | None:
+        return self.tensors[name].data_ptr() if name in self.tensors else None
+
     @property
     def errors(self) -> int:
         return sum(launch.errors for launch in self.launches)
@@ -122,11 +125,14 @@ class Run:
 class Kernels:
     """The kernels of one element type and head dimension."""
 
+    _program = "kernels.cpp"
+    _forward = "run_forward"
+
     def __init__(
         self, dtype: torch.dtype, head_dim: int, kernels: Path = KERNELS, options: tuple[str, ...] = OPTIONS
     ) -> None:
         defines = (f"ELEMENT={ELEMENTS[dtype]}", f"HEAD_DIM={head_dim}")
-        path = build("kernels.cpp", *defines, kernels=kernels, options=options)
+        path = build(self._program, *defines, kernels=kernels, options=options)
         self._library = ctypes.CDLL(str(path))
         self._library.emulator_log.restype = ctypes.c_char_p
         self._library.emulator_counters.restype = ctypes.POINTER(Counters)
@@ -157,9 +163,11 @@ class Kernels:
         run = Run(
             {"u": poison(query), "output": poison(query), "lse": query.new_full(query.shape[:3], math.nan).float()}
         )
+        run.tensors |= self._workspace(problem)
         self._start(seed, resident, truncate, cu_seqlens, {"query": query, "key": key, "value": value}, run.tensors)
         tensors = [_Tensor.of(tensor) for tensor in (query, key, value, run["u"], run["output"])]
-        self._library.run_forward(ctypes.byref(_ForwardParams(problem, *tensors, run["lse"].data_ptr())))
+        params = _ForwardParams(problem, *tensors, run["lse"].data_ptr(), run.address("workspace"))
+        getattr(self._library, self._forward)(ctypes.byref(params))
         return self._finish(run)
 
     def backward(
@@ -203,6 +211,9 @@ class Kernels:
         names = ("forward_shared_bytes", "backward_shared_bytes")
         return {name: getattr(self._library, name)() for name in names}
 
+    def _workspace(self, problem: _Problem) -> dict[str, Tensor]:
+        return {}
+
     def _start(
         self,
         seed: int,
@@ -232,9 +243,36 @@ class Kernels:
         return run
 
 
+class WavefrontKernels(Kernels):
+    """Those for causal attention in one launch; `lag` is the forward's."""
+
+    _program = "wavefront.cpp"
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        head_dim: int,
+        lag: int,
+        kernels: Path = KERNELS,
+        options: tuple[str, ...] = OPTIONS,
+    ) -> None:
+        super().__init__(dtype, head_dim, kernels, options)
+        self._forward = f"run_forward_lag{lag}"
+        self._library.workspace_bytes.restype = ctypes.c_int64
+
+    def _workspace(self, problem: _Problem) -> dict[str, Tensor]:
+        words = self._library.workspace_bytes(ctypes.byref(problem)) // 4
+        return {"workspace": torch.full((words,), -1, dtype=torch.int32)}
+
+
 @cache
 def kernels(dtype: torch.dtype, head_dim: int) -> Kernels:
     return Kernels(dtype, head_dim)
+
+
+@cache
+def wavefront(dtype: torch.dtype, head_dim: int, lag: int) -> WavefrontKernels:
+    return WavefrontKernels(dtype, head_dim, lag)
 
 
 def span_bytes(tensor: Tensor) -> int:

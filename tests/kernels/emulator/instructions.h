@@ -2,6 +2,7 @@
 #pragma once
 #include <immintrin.h>
 
+#include <bit>
 #include <cmath>
 #include <cstring>
 
@@ -168,6 +169,7 @@ inline float shuffle_xor(float value, int mask, SIMT_HERE) {
   return arguments.out;
 }
 
+inline int trailing_ones(uint32_t bits) { return std::countr_one(bits); }
 inline uint32_t ballot(bool predicate, SIMT_HERE) {
   struct Arguments {
     bool in;
