@@ -86,7 +86,7 @@ class _BackwardParams(ctypes.Structure):
     _outputs = ("grad_u", "grad_query", "grad_key", "grad_value")
     _fields_ = [("problem", _Problem)]
     _fields_ += [(name, _Tensor) for name in (*_inputs, *_outputs)]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("lse", "delta", "grad_query_sum")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("lse", "delta", "grad_query_sum", "workspace")]
 
 
 class Counters(ctypes.Structure):
@@ -198,12 +198,13 @@ class Kernels:
         run.tensors |= {"grad_u": poison(query), "delta": torch.full_like(forward["lse"], math.nan)}
         if not deterministic:
             run.tensors["grad_query_sum"] = poison(query).float()
+        run.tensors |= self._workspace(problem)
         self._start(seed, resident, truncate, cu_seqlens, inputs, run.tensors)
         by_name = inputs | run.tensors
         tensors = [_Tensor.of(by_name[name]) for name in (*_BackwardParams._inputs, *_BackwardParams._outputs)]
-        query_sum = None if deterministic else run["grad_query_sum"].data_ptr()
-        statistics = (forward["lse"].data_ptr(), run["delta"].data_ptr(), query_sum)
-        self._library.run_backward(ctypes.byref(_BackwardParams(problem, *tensors, *statistics)))
+        pointers = [run.address(name) for name in ("delta", "grad_query_sum", "workspace")]
+        params = _BackwardParams(problem, *tensors, forward.address("lse"), *pointers)
+        self._library.run_backward(ctypes.byref(params))
         return self._finish(run)
 
     def shared_bytes(self) -> dict[str, int]:

@@ -233,6 +233,8 @@ inline void store_shared(Address address, uint32_t word, SIMT_HERE) {
   });
 }
 
+inline void store_shared(Address address, float value, SIMT_HERE) { store_shared(address, to_bits(value), where); }
+
 template <int BYTES>
 void load_shared_bytes(Address address, void* destination, simt::Where where) {
   struct Arguments {

@@ -132,6 +132,7 @@ DEVICE float high(Fp16, uint32_t word) {
 DEVICE void store_shared(Address address, uint32_t word) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
 }
+DEVICE void store_shared(Address address, float value) { store_shared(address, __float_as_uint(value)); }
 DEVICE void load_shared(Address address, uint32_t (&pair)[2]) {
   asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(pair[0]), "=r"(pair[1]) : "r"(address) : "memory");
 }

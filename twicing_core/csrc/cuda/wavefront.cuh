@@ -30,7 +30,7 @@ inline int64_t wavefront_workspace_bytes(const Problem& problem) {
 
 // What the first thread has, for all threads of the block.
 DEVICE int broadcast(int value, ptx::Address note) {
-  if (warp_index() == 0) ptx::store_shared(note + lane_index() * 4, value);
+  if (warp_index() == 0) ptx::store_shared(note + lane_index() * 4, static_cast<uint32_t>(value));
   ptx::sync_block();
   uint32_t pair[2];
   ptx::load_shared(note, pair);

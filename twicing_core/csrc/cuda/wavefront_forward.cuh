@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(WavefrontForwardTiling<DIM, LAG>::THREADS, 1)
         // These rows of U are final: to shared memory for this block, to memory for the others.
 #pragma unroll
         for (int t = 0; t < TILES; t++) {
-          const int tile_row = ptx::recompute(warp_row + t * 16);
+          const int tile_row = warp_row + t * 16;
 #pragma unroll
           for (int half = 0; half < 2; half++) {
             const int row = first_row + tile_row + half * 8 + lane / 4;
