@@ -142,8 +142,10 @@ DEVICE float grad_u_and_delta(float (&sum)[COLUMNS / 8][4], int half, const Back
 template <class T, int DIM, class Tiling>
 DEVICE void add_grad_query(const BackwardParams& p, int batch, int head, ptx::Address grad_scores_tile,
                            ptx::Address key_tile, int first_query, int end) {
-  constexpr int QUERY_GROUPS = Tiling::OTHER / 16, COLUMNS = DIM * QUERY_GROUPS / Tiling::WARPS;
+  constexpr int QUERY_GROUPS = Tiling::OTHER / 16, COLUMN_GROUPS = Tiling::WARPS / QUERY_GROUPS;
+  constexpr int COLUMNS = (DIM / 16 + COLUMN_GROUPS - 1) / COLUMN_GROUPS * 16;
   const int tile_query = warp_index() % QUERY_GROUPS * 16, column = warp_index() / QUERY_GROUPS * COLUMNS;
+  if (COLUMNS * COLUMN_GROUPS > DIM && column >= DIM) return;  // 96 columns for 4 warps: three have 32
   float grad_query[COLUMNS / 8][4];
   set_zero(grad_query);
 #pragma unroll
