@@ -101,14 +101,14 @@ void probe_barrier(int threads, int barrier, bool read_first) {
   simt::launch([&] {
     const int thread = thread_index();
     uint32_t pair[2];
-    store_shared(thread * 8, 1);
-    store_shared(thread * 8 + 4, 1);
+    store_shared(thread * 8, 1u);
+    store_shared(thread * 8 + 4, 1u);
     sync_block();
     if (read_first) load_shared((threads - 1 - thread) * 8, pair);
-    else store_shared(thread * 8, 2);
+    else store_shared(thread * 8, 2u);
     if (barrier == 0) sync_block();
     if (barrier == 2) sync_warp();
-    if (read_first) store_shared(thread * 8, 2);
+    if (read_first) store_shared(thread * 8, 2u);
     else load_shared((threads - 1 - thread) * 8, pair);
   }, 1, threads, threads * 8);
 }
@@ -121,7 +121,7 @@ void probe_mistake(int mistake, float* input, float* output) {
     uint32_t pair[2];
     switch (mistake) {
       case UNWRITTEN: load_shared(thread * 8, pair); break;
-      case OUTSIDE: store_shared(1024 + thread * 4, 0); break;
+      case OUTSIDE: store_shared(1024 + thread * 4, 0u); break;
       case MISALIGNED: load_shared(thread * 8 + 4, pair); break;
       case GLOBAL_OUTSIDE: load_global(input + 64 + thread, true); break;
       case GLOBAL_READ_ONLY: store_global(input + thread, 0.f, true); break;
@@ -150,7 +150,7 @@ void probe_chain(int omitted, int blocks, int* flags, float* data) {
     const int thread = thread_index();
     uint32_t ticket[2];
     const int taken = thread == 0 ? fetch_add(flags, 1) : 0;
-    if (thread < 32) store_shared(thread * 4, taken);
+    if (thread < 32) store_shared(thread * 4, static_cast<uint32_t>(taken));
     sync_block();
     load_shared(0, ticket);
     const int index = omitted == ORDER_OF_TICKETS ? blocks - 1 - ticket[0] : ticket[0];
@@ -194,7 +194,7 @@ void probe_ballot(const int* predicates, uint32_t* set) {
 void probe_banks(int pitch) {
   simt::launch([&] {
     const int lane = thread_index();
-    for (int i = 0; i < pitch / 4; i++) store_shared(i * 128 + lane * 4, 0);
+    for (int i = 0; i < pitch / 4; i++) store_shared(i * 128 + lane * 4, 0u);
     sync_warp();
     uint32_t r[4];
     ldmatrix_x4(r, lane * pitch);
@@ -202,7 +202,7 @@ void probe_banks(int pitch) {
 }
 
 void probe_store_banks(int pitch) {
-  simt::launch([&] { store_shared(thread_index() * pitch, 0); }, 1, 32, 32 * pitch);
+  simt::launch([&] { store_shared(thread_index() * pitch, 0u); }, 1, 32, 32 * pitch);
 }
 
 // The order in which warps pass a point: depends on the seed.

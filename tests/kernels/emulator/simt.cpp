@@ -1,7 +1,9 @@
 // Fibers, barriers and the schedule.
 #include "simt.h"
 
+#include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #ifndef __x86_64__
 #error "the emulator switches fibers with x86-64 instructions"
@@ -207,13 +209,16 @@ void launch(const std::function<void()>& kernel, int64_t blocks, int threads, in
       word.written = written;
     }
 
-  int64_t next = 0;
-  for (Block& b : machine.resident) start_block(b, next++, threads, shared_bytes);
+  std::vector<int> order(blocks);  // in which they start
+  std::iota(order.begin(), order.end(), 0);
+  if (machine.options.seed) std::shuffle(order.begin(), order.end(), machine.random);
+  size_t next = 0;
+  for (Block& b : machine.resident) start_block(b, order[next++], threads, shared_bytes);
   for (;; machine.step++) {
     show_releases(false);
     if (choose_thread()) {
       simt_switch(&machine.scheduler_stack_pointer, thread().stack_pointer);
-      if (block().live == 0 && next < blocks) start_block(block(), next++, threads, shared_bytes);
+      if (block().live == 0 && next < order.size()) start_block(block(), order[next++], threads, shared_bytes);
     } else if (!show_releases(true)) {
       break;
     }

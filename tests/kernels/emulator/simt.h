@@ -9,8 +9,8 @@
 //   copies     What cp.async brings may be touched only after its thread waited for it; before, it is in flight.
 //   memory     Accesses outside of a buffer, misaligned, to read-only buffers, or reads of what nobody wrote.
 //   barriers   Lanes of a warp at different collective instructions, threads at different barriers, deadlock.
-// Memory starts as NaN. With a seed, blocks and warps take turns at random and copies arrive at random as early or as late
-// as the rules allow; without one, as late as possible, and a warp runs on until it must wait.
+// Memory starts as NaN. With a seed, blocks start in any order, blocks and warps take turns at random, and copies arrive at
+// random as early or as late as the rules allow; without one, as late as possible, and a warp runs on until it must wait.
 //
 // `resident` blocks are in flight at a time; another starts when one ends, as on a device that has no room for more.
 // Other blocks do not see a plain store before its block releases it, and what was released is seen some time later.

@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(BackwardTiling<DIM>::THREADS, 1) backward_keys
   constexpr int OWN = Tiling::OWN, OTHER = Tiling::OTHER, THREADS = Tiling::THREADS, STAGES = Tiling::STAGES;
   const Problem& problem = p.problem;
   const Work work = work_of(ptx::block_index(), problem.key_heads, problem.batch);
-  const int lane = lane_index(), warp_row = warp_index() * 16, first_key = work.block * OWN;
+  const int warp_row = warp_index() * 16, first_key = work.block * OWN;
   const int last_key = smaller(first_key + OWN, problem.seq) - 1;
   const float scale_log2 = problem.scale * LOG2_E;
 
