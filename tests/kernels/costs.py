@@ -1,7 +1,7 @@
 """What a step of each kernel's main loop costs by arithmetic: its tiling, and what an SM does in a cycle.
 
 A step is one tile of keys (or of queries) that a block works through. Counts are of one warp unless said otherwise; they
-follow from the tilings in forward.cuh and backward.cuh, and the compiled code must agree with them (compiled.py).
+follow from the tilings of the kernels, and the compiled code must agree with them (compiled.py).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 MMA_FLOPS = 2 * 16 * 8 * 16
-THREADS = 128  # of all blocks
 OWN = 64  # rows of a backward kernel's block
 
 
@@ -32,6 +31,7 @@ class Step:
     copied_bytes: int  # of the block, from global to shared memory
     copy_trips: int  # of the loop that copies one tile
     barriers: int = 1
+    threads: int = 128  # of the block
     first_ldmatrix: int = 0  # in the first step only
 
     def total(self, count: str) -> int:
@@ -68,13 +68,41 @@ def backward(head_dim: int, scores: int, from_registers: int, copied: int, barri
     products = [_scores(other, head_dim)] * scores + [_from_registers(other, head_dim)] * from_registers
     if adds_query:
         columns = head_dim * (other // 16) // 4
-        products.append(Product(OWN // 16 * columns // 8, OWN // 16 * (1 + columns // 16)))
+        products.append(_from_tiles(OWN, columns))
     copied_bytes = copied * other * head_dim * 2
     return Step(tuple(products), other // 8 * 4, copied_bytes, _copy_trips(other, head_dim), barriers)
 
 
-def _copy_trips(rows: int, head_dim: int) -> int:
-    return max(1, rows * head_dim // 8 // THREADS)
+def wavefront_forward(head_dim: int, lag: int) -> Step:
+    tiles = 2 if lag == 0 and head_dim <= 64 else 1
+    threads = (128 if lag == 0 else 64) // (16 * tiles) * 32
+    keys = 64 if head_dim * tiles <= 64 else 32
+    by_u = by_v = _from_registers(keys, head_dim, tiles)
+    return Step(
+        (_scores(keys, head_dim, tiles), by_v, by_u),
+        exponentials=tiles * (keys // 8 * 4 + 2),
+        copied_bytes=3 * keys * head_dim * 2,
+        copy_trips=_copy_trips(keys, head_dim, threads),
+        barriers=4,  # in the code; two of them in each step
+        threads=threads,
+    )
+
+
+def wavefront_backward(head_dim: int, adds_query: bool) -> Step:
+    other, column_groups = (64 if head_dim == 16 else 32), (1 if head_dim <= 64 else 2)
+    queries, threads = other // column_groups, 128 * column_groups
+    from_tiles = _from_tiles(other, head_dim // column_groups)
+    products = [_scores(queries, head_dim)] * 3 + [from_tiles] * 3
+    if adds_query:
+        groups = threads // 32 // (other // 16)
+        products.append(_from_tiles(OWN, -(-head_dim // 16 // groups) * 16))
+    copied_bytes = 3 * other * head_dim * 2
+    copy_trips = _copy_trips(other, head_dim, threads)
+    return Step(tuple(products), queries // 8 * 4, copied_bytes, copy_trips, barriers=7, threads=threads)
+
+
+def _copy_trips(rows: int, head_dim: int, threads: int = 128) -> int:
+    return max(1, rows * head_dim // 8 // threads)
 
 
 def _scores(columns: int, head_dim: int, tiles: int = 1, loads_left: bool = True, unrolled: bool = False) -> Product:
@@ -88,6 +116,10 @@ def _from_registers(rows: int, head_dim: int, tiles: int = 1) -> Product:
     return Product(tiles * rows // 16 * head_dim // 8, rows // 16 * head_dim // 16)
 
 
+def _from_tiles(rows: int, columns: int) -> Product:
+    return Product(rows // 16 * columns // 8, rows // 16 * (1 + columns // 16))
+
+
 # By name and template arguments after the head dimension.
 STEPS: dict[str, Callable[[int], Step]] = {
     "forward_kernel<0>": lambda d: forward(d, rescales=True),
@@ -96,6 +128,10 @@ STEPS: dict[str, Callable[[int], Step]] = {
     "backward_keys<0>": lambda d: backward(d, 3, 2, copied=3, barriers=2, adds_query=False),
     "backward_keys<1>": lambda d: backward(d, 3, 2, copied=3, barriers=3, adds_query=True),
     "backward_query": lambda d: backward(d, 3, 1, copied=3, barriers=1, adds_query=False),
+    "wavefront_forward<0>": lambda d: wavefront_forward(d, lag=0),
+    "wavefront_forward<1>": lambda d: wavefront_forward(d, lag=1),
+    "wavefront_backward<0>": lambda d: wavefront_backward(d, adds_query=False),
+    "wavefront_backward<1>": lambda d: wavefront_backward(d, adds_query=True),
 }
 
 
@@ -143,7 +179,7 @@ def cycles(step: Step, architecture: int, instructions: int) -> dict[str, float]
     Args:
         instructions: that a warp issues in the step.
     """
-    warps, flops = THREADS // 32, MULTIPROCESSORS[architecture].tensor_flops
+    warps, flops = step.threads // 32, MULTIPROCESSORS[architecture].tensor_flops
     shared_bytes = warps * step.total("ldmatrix") * 512 + step.copied_bytes
     return {
         "tensor": warps * step.total("mma") * MMA_FLOPS / flops if flops else float("nan"),

@@ -48,7 +48,7 @@ def build(program: str, *defines: str, kernels: Path = KERNELS, options: tuple[s
             "-o",
             str(unfinished),
         ]
-        subprocess.run([*command, str(EMULATOR / program), str(EMULATOR / "simt.cpp")], check=True)
+        subprocess.run([*command, *(str(EMULATOR / name) for name in (program, "simt.cpp", "memory.cpp"))], check=True)
         unfinished.rename(library)
     return library
 
@@ -76,7 +76,7 @@ class _ForwardParams(ctypes.Structure):
 
     _fields_ = [("problem", _Problem)]
     _fields_ += [(name, _Tensor) for name in ("query", "key", "value", "u", "output")]
-    _fields_ += [("lse", ctypes.c_void_p)]
+    _fields_ += [("lse", ctypes.c_void_p), ("workspace", ctypes.c_void_p)]  # the latter of the wavefront only
 
 
 class _BackwardParams(ctypes.Structure):
@@ -86,7 +86,7 @@ class _BackwardParams(ctypes.Structure):
     _outputs = ("grad_u", "grad_query", "grad_key", "grad_value")
     _fields_ = [("problem", _Problem)]
     _fields_ += [(name, _Tensor) for name in (*_inputs, *_outputs)]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("lse", "delta", "grad_query_sum")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("lse", "delta", "grad_query_sum", "workspace")]
 
 
 class Counters(ctypes.Structure):
@@ -111,6 +111,9 @@ class Run:
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
+    def address(self, name: str) -> int | None:
+        return self.tensors[name].data_ptr() if name in self.tensors else None
+
     @property
     def errors(self) -> int:
         return sum(launch.errors for launch in self.launches)
@@ -122,11 +125,14 @@ class Run:
 class Kernels:
     """The kernels of one element type and head dimension."""
 
+    _program = "kernels.cpp"
+    _forward = "run_forward"
+
     def __init__(
         self, dtype: torch.dtype, head_dim: int, kernels: Path = KERNELS, options: tuple[str, ...] = OPTIONS
     ) -> None:
         defines = (f"ELEMENT={ELEMENTS[dtype]}", f"HEAD_DIM={head_dim}")
-        path = build("kernels.cpp", *defines, kernels=kernels, options=options)
+        path = build(self._program, *defines, kernels=kernels, options=options)
         self._library = ctypes.CDLL(str(path))
         self._library.emulator_log.restype = ctypes.c_char_p
         self._library.emulator_counters.restype = ctypes.POINTER(Counters)
@@ -141,6 +147,7 @@ class Kernels:
         scale: float | None = None,
         cu_seqlens: Tensor | None = None,
         seed: int = 0,
+        resident: int = 1,
         truncate: bool = False,
     ) -> Run:
         """Returns `output`, `u` and `lse`, as `twicing::forward` does.
@@ -149,15 +156,18 @@ class Kernels:
             query: (batch, heads, seq, head_dim), any strides that the kernels take.
             key, value: (batch, key_heads, seq, head_dim).
             seed: 0, or a random schedule.
+            resident: how many blocks are in flight at a time.
             truncate: whether tensor cores round towards zero.
         """
         problem = _problem(query, key, is_causal, scale, cu_seqlens)
         run = Run(
             {"u": poison(query), "output": poison(query), "lse": query.new_full(query.shape[:3], math.nan).float()}
         )
-        self._start(seed, truncate, cu_seqlens, {"query": query, "key": key, "value": value}, run.tensors)
+        run.tensors |= self._workspace(problem)
+        self._start(seed, resident, truncate, cu_seqlens, {"query": query, "key": key, "value": value}, run.tensors)
         tensors = [_Tensor.of(tensor) for tensor in (query, key, value, run["u"], run["output"])]
-        self._library.run_forward(ctypes.byref(_ForwardParams(problem, *tensors, run["lse"].data_ptr())))
+        params = _ForwardParams(problem, *tensors, run["lse"].data_ptr(), run.address("workspace"))
+        getattr(self._library, self._forward)(ctypes.byref(params))
         return self._finish(run)
 
     def backward(
@@ -173,6 +183,7 @@ class Kernels:
         scale: float | None = None,
         cu_seqlens: Tensor | None = None,
         seed: int = 0,
+        resident: int = 1,
         truncate: bool = False,
     ) -> Run:
         """Returns `grad_query`, `grad_key` and `grad_value` of what `forward` returned. See there.
@@ -187,12 +198,13 @@ class Kernels:
         run.tensors |= {"grad_u": poison(query), "delta": torch.full_like(forward["lse"], math.nan)}
         if not deterministic:
             run.tensors["grad_query_sum"] = poison(query).float()
-        self._start(seed, truncate, cu_seqlens, inputs, run.tensors)
+        run.tensors |= self._workspace(problem)
+        self._start(seed, resident, truncate, cu_seqlens, inputs, run.tensors)
         by_name = inputs | run.tensors
         tensors = [_Tensor.of(by_name[name]) for name in (*_BackwardParams._inputs, *_BackwardParams._outputs)]
-        query_sum = None if deterministic else run["grad_query_sum"].data_ptr()
-        statistics = (forward["lse"].data_ptr(), run["delta"].data_ptr(), query_sum)
-        self._library.run_backward(ctypes.byref(_BackwardParams(problem, *tensors, *statistics)))
+        pointers = [run.address(name) for name in ("delta", "grad_query_sum", "workspace")]
+        params = _BackwardParams(problem, *tensors, forward.address("lse"), *pointers)
+        self._library.run_backward(ctypes.byref(params))
         return self._finish(run)
 
     def shared_bytes(self) -> dict[str, int]:
@@ -200,15 +212,19 @@ class Kernels:
         names = ("forward_shared_bytes", "backward_shared_bytes")
         return {name: getattr(self._library, name)() for name in names}
 
+    def _workspace(self, problem: _Problem) -> dict[str, Tensor]:
+        return {}
+
     def _start(
         self,
         seed: int,
+        resident: int,
         truncate: bool,
         cu_seqlens: Tensor | None,
         inputs: dict[str, Tensor],
         outputs: dict[str, Tensor],
     ) -> None:
-        self._library.emulator_reset(ctypes.c_uint32(seed), ctypes.c_bool(truncate))
+        self._library.emulator_reset(ctypes.c_uint32(seed), ctypes.c_bool(truncate), resident)
         if cu_seqlens is not None:
             inputs = inputs | {"cu_seqlens": cu_seqlens}
         for writable, tensors in ((False, inputs), (True, outputs)):
@@ -228,9 +244,36 @@ class Kernels:
         return run
 
 
+class WavefrontKernels(Kernels):
+    """Those for causal attention in one launch; `lag` is the forward's."""
+
+    _program = "wavefront.cpp"
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        head_dim: int,
+        lag: int,
+        kernels: Path = KERNELS,
+        options: tuple[str, ...] = OPTIONS,
+    ) -> None:
+        super().__init__(dtype, head_dim, kernels, options)
+        self._forward = f"run_forward_lag{lag}"
+        self._library.workspace_bytes.restype = ctypes.c_int64
+
+    def _workspace(self, problem: _Problem) -> dict[str, Tensor]:
+        words = self._library.workspace_bytes(ctypes.byref(problem)) // 4
+        return {"workspace": torch.full((words,), -1, dtype=torch.int32)}
+
+
 @cache
 def kernels(dtype: torch.dtype, head_dim: int) -> Kernels:
     return Kernels(dtype, head_dim)
+
+
+@cache
+def wavefront(dtype: torch.dtype, head_dim: int, lag: int) -> WavefrontKernels:
+    return WavefrontKernels(dtype, head_dim, lag)
 
 
 def span_bytes(tensor: Tensor) -> int:

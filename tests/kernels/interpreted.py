@@ -20,6 +20,7 @@ import torch
 from cases import Case
 from emulated import ELEMENTS, KERNELS, REPOSITORY, Counters, Run, span_bytes
 from emulated import Kernels as Emulated
+from emulated import WavefrontKernels as EmulatedWavefront
 
 BUILD = REPOSITORY / "build" / "ptx"
 SOURCES = ("kernels.cu",)  # which instantiate the kernels
@@ -170,23 +171,35 @@ class Kernels(AsPtx, Emulated):
     """Those of one element type and head dimension."""
 
 
+class WavefrontKernels(AsPtx, EmulatedWavefront):
+    """Those for causal attention in one launch."""
+
+
 def record_launches(dtype: torch.dtype, head_dim: int, case: Case) -> dict[str, ptx.Launch]:
     """How the host launches each kernel for a problem, by symbol; nothing is run."""
-    library, launches = Emulated(dtype, head_dim), {}
+    libraries, launches = [Emulated(dtype, head_dim)], {}
+    if head_dim <= 128:
+        libraries += [EmulatedWavefront(dtype, head_dim, lag) for lag in (0, 1)]
 
     def record(name: bytes, blocks: int, threads: int, shared_bytes: int, parameters: int, size: int) -> None:
         launches[name.decode()] = ptx.Launch(blocks, threads, shared_bytes, b"")
 
-    callbacks = _Elsewhere(_Elsewhere.launch(record), _Elsewhere.fill_zero())
-    library._library.emulator_hand_launches_to(callbacks)
-    forward = library.forward(*case.inputs, **case.arguments())
-    if head_dim <= 128:
-        for deterministic in (False, True):
-            library.backward(forward, case.grad_output, *case.inputs, **case.arguments(), deterministic=deterministic)
-    library._library.emulator_hand_launches_to(_Elsewhere())
+    callbacks, arguments = _Elsewhere(_Elsewhere.launch(record), _Elsewhere.fill_zero()), case.arguments()
+    for library in libraries:
+        library._library.emulator_hand_launches_to(callbacks)
+        forward = library.forward(*case.inputs, **arguments)
+        if head_dim <= 128:
+            for deterministic in (False, True):
+                library.backward(forward, case.grad_output, *case.inputs, **arguments, deterministic=deterministic)
+        library._library.emulator_hand_launches_to(_Elsewhere())
     return launches
 
 
 @cache
 def kernels(dtype: torch.dtype, head_dim: int, architecture: int = ARCHITECTURE) -> Kernels:
     return Kernels(dtype, head_dim, architecture=architecture)
+
+
+@cache
+def wavefront(dtype: torch.dtype, head_dim: int, lag: int, architecture: int = ARCHITECTURE) -> WavefrontKernels:
+    return WavefrontKernels(dtype, head_dim, lag, architecture=architecture)

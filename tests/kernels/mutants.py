@@ -11,22 +11,28 @@ import multiprocessing
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import interpreted
 import torch
 from cases import DTYPES, Case
-from emulated import KERNELS, Kernels
+from emulated import KERNELS, Kernels, WavefrontKernels
 from verification import check_backward, check_forward
 
 HEAD_DIM = 32
 TIMEOUT_S = 300
 CASES = (Case("bf16", HEAD_DIM, 150, causal=True, grouped=True), Case("bf16", HEAD_DIM, 100, packed=True))
 HALF_CASE = Case("fp16", HEAD_DIM, 70)  # beside them for the instructions, some of which are of this type only
-SYNCHRONISATION = re.compile(r"ptx::(sync_block|sync_warp|cp_async_wait<[^>]*>)\(\);")
+WAVEFRONT_CASES = (
+    Case("bf16", HEAD_DIM, 300, causal=True, grouped=True),
+    Case("bf16", HEAD_DIM, 200, causal=True, packed=True),
+)
+SCHEDULES = ((0, 1), (1, 1), (2, 3), (3, 16))  # seeds, and blocks in flight
+SYNCHRONISATION = re.compile(r"ptx::(sync_block|sync_warp|cp_async_wait<[^>]*>|fence)\(\);")
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,10 @@ class Mutant:
     @property
     def by_interpreter(self) -> bool:
         return self.file == "ptx.cuh"
+
+    @property
+    def of_wavefront(self) -> bool:
+        return self.file.startswith("wavefront")
 
     def apply(self, folder: Path) -> None:
         path = folder / self.file
@@ -100,6 +110,129 @@ MISTAKES = (
     Mutant("dQ stored, not added", "backward.cuh", "ptx::reduce_add_global(", "ptx::store_global("),
 )
 
+WAVEFRONT = (
+    Mutant(
+        "blocks by index, not by ticket (forward)",
+        "wavefront_forward.cuh",
+        "work_of(take_ticket(p.workspace, note)",
+        "work_of(ptx::block_index()",
+    ),
+    Mutant(
+        "blocks by index, not by ticket (backward)",
+        "wavefront_backward.cuh",
+        "work_of(take_ticket(p.workspace, note)",
+        "work_of(ptx::block_index()",
+    ),
+    Mutant(
+        "backward from the first block on",
+        "wavefront_backward.cuh",
+        "work.block = (problem.seq - 1) / OWN - work.block;",
+        "",
+    ),
+    Mutant(
+        "workspace not reset (forward)",
+        "wavefront_forward.cuh",
+        "ptx::fill_zero(p.workspace, wavefront_workspace_bytes(problem), stream)",
+        "ptx::SUCCESS",
+    ),
+    Mutant(
+        "flags not reset, but the ticket (backward)",
+        "wavefront_backward.cuh",
+        "wavefront_workspace_bytes(problem), stream",
+        "sizeof(int), stream",
+    ),
+    Mutant(
+        "flag by a plain store",
+        "wavefront.cuh",
+        "ptx::store_release(flag, 1)",
+        "ptx::store_global(static_cast<void*>(flag), 1, true)",
+    ),
+    Mutant(
+        "flag set before U is stored",
+        "wavefront_forward.cuh",
+        "if (tile == warp_own) {",
+        "publish_tile(flag_of(tile));\n      if (tile == warp_own) {",
+    ),
+    Mutant(
+        "flag set before dU is stored",
+        "wavefront_backward.cuh",
+        "if (tile_row >= 0 &&",
+        "publish_tile(flag_of(tile, head));\n        if (tile_row >= 0 &&",
+    ),
+    Mutant(
+        "flag set before delta is stored",
+        "wavefront_backward.cuh",
+        "ptx::sync_block();  // all parts of delta are there",
+        "publish_tile(flag_of(tile, head));",
+    ),
+    Mutant(
+        "a count instead of flags: U handed on says that the tile above was (lag 1)",
+        "wavefront_forward.cuh",
+        "publish_tile(flag_of(tile));",
+        "publish_tile(flag_of(tile));\n      if (ptx::thread_index() == 0 && tile == own && own > begin) "
+        "ptx::store_release(flag_of(own - 1), 1);",
+    ),
+    Mutant("one flag for all tiles", "wavefront_forward.cuh", "* tiles + tile;", "* tiles;"),
+    Mutant(
+        "one set of flags for all heads", "wavefront_forward.cuh", "+ ptx::recompute(work.head)) * tiles", ") * tiles"
+    ),
+    Mutant(
+        "flags of backward in ascending order", "wavefront_backward.cuh", "tiles + tiles - 1 - tile", "tiles + tile"
+    ),
+    Mutant("no flag is awaited", "wavefront.cuh", "while (!(set & 1)) set =", "set ="),
+    Mutant("the first warp alone waits", "wavefront.cuh", "broadcast(ptx::trailing_ones(set), note)", "1"),
+    Mutant("flags that are set later count as set", "wavefront.cuh", "ptx::trailing_ones(set)", "32"),
+    Mutant(
+        "the tile before is awaited (forward)",
+        "wavefront_forward.cuh",
+        "await_tiles(flag_of(u_tile)",
+        "await_tiles(flag_of(u_tile) - 1",
+    ),
+    Mutant(
+        "the tile before is awaited (backward)",
+        "wavefront_backward.cuh",
+        "await_tiles(flag_of(tile, head)",
+        "await_tiles(flag_of(tile, head) - 1",
+    ),
+    Mutant("lag 1: one place for two tiles of U", "wavefront_forward.cuh", "tile % Tiling::U_TILES", "0"),
+    Mutant(
+        "lag 1: weights of this tile for U of the one before",
+        "wavefront_forward.cuh",
+        "weights[LAG], u_tile_of",
+        "weights[0], u_tile_of",
+    ),
+    Mutant(
+        "lag 1: A U not rescaled",
+        "wavefront_forward.cuh",
+        "scale_rows(a_u[t], rescale[t]);",
+        "",
+        "if (LAG == 1 && sees)",
+    ),
+    Mutant("lag 1: the last tile of U left out", "wavefront_forward.cuh", "tile < end + LAG", "tile < end"),
+    Mutant("lag 0: A U not rescaled", "wavefront_forward.cuh", "if (LAG == 0) scale_rows(a_u[t], rescale[t]);", ""),
+    Mutant(
+        "U past the end is not a number",
+        "wavefront_forward.cuh",
+        "exists ? ptx::reciprocal(total) : 0.f",
+        "ptx::reciprocal(total)",
+    ),
+    Mutant("A U not divided by the sum", "wavefront_forward.cuh", "- sum[t][i / 2] * a_u", "- a_u"),
+    Mutant("half of delta's parts", "wavefront_backward.cuh", "total += pair[0] + pair[1];", "total += pair[0];"),
+    Mutant(
+        "dU of the head before",
+        "wavefront_backward.cuh",
+        "p.grad_u.rows(work.batch, head)",
+        "p.grad_u.rows(work.batch, work.head * groups)",
+        "start_copy_of_grad_u = ",
+    ),
+    Mutant(
+        "A^T dO summed over heads",
+        "wavefront_backward.cuh",
+        "set_zero(sum);",
+        "if (head == work.head * groups) set_zero(sum);",
+    ),
+)
+
 BF16_MMA = "DEVICE void mma_m16n8k16(Bf16"
 INSTRUCTIONS = (
     Mutant(
@@ -147,7 +280,7 @@ INSTRUCTIONS = (
 
 
 def every_mutant() -> list[Mutant]:
-    return [*_without_synchronisation(), *MISTAKES, *INSTRUCTIONS]
+    return [*_without_synchronisation(), *MISTAKES, *WAVEFRONT, *INSTRUCTIONS]
 
 
 def _without_synchronisation() -> Iterator[Mutant]:
@@ -182,10 +315,24 @@ def _judge(mutant: Mutant | None, sender: Connection) -> None:
         changed = Path(shutil.copytree(KERNELS, Path(folder) / "cuda"))
         if mutant is not None:
             mutant.apply(changed)
-        sender.send(_first_complaint(changed, by_interpreter=mutant is not None and mutant.by_interpreter))
+        if mutant is not None and mutant.of_wavefront:
+            sender.send(_first_complaint(lambda: _check_wavefront(changed, mutant.file)))
+        else:
+            by_interpreter = mutant is not None and mutant.by_interpreter
+            sender.send(_first_complaint(lambda: _check(changed, by_interpreter), by_interpreter))
 
 
-def _first_complaint(changed: Path, by_interpreter: bool) -> str:
+def _check_wavefront(changed: Path, file: str) -> None:
+    for case, lag in product(WAVEFRONT_CASES, (0, 1)):
+        library = WavefrontKernels(torch.bfloat16, HEAD_DIM, lag, kernels=changed, options=("-O1", "-w"))
+        for seed, resident in SCHEDULES:
+            if file != "wavefront_backward.cuh":
+                check_forward(case, library, seed=seed, resident=resident)
+            elif lag == 0:
+                check_backward(case, library, deterministic=seed > 1, seed=seed, resident=resident)
+
+
+def _check(changed: Path, by_interpreter: bool) -> None:
     def library(case: Case) -> Kernels:
         if by_interpreter:
             return interpreted.Kernels(DTYPES[case.dtype], HEAD_DIM, kernels=changed)
@@ -193,12 +340,16 @@ def _first_complaint(changed: Path, by_interpreter: bool) -> str:
 
     # A seed: in PTX a missing barrier shows only where warps do not keep step.
     options = {"seed": 1} if by_interpreter else {}
+    for case in (*CASES, HALF_CASE) if by_interpreter else CASES:
+        compiled = library(case)
+        check_forward(case, compiled, **options)
+        for deterministic in (False, True):
+            check_backward(case, compiled, deterministic=deterministic, **options)
+
+
+def _first_complaint(check: Callable[[], None], by_interpreter: bool = False) -> str:
     try:
-        for case in (*CASES, HALF_CASE) if by_interpreter else CASES:
-            compiled = library(case)
-            check_forward(case, compiled, **options)
-            for deterministic in (False, True):
-                check_backward(case, compiled, deterministic=deterministic, **options)
+        check()
     except AssertionError as complaint:
         lines = str(complaint).splitlines()
         if len(lines) == 1:  # of what is wrong with the values

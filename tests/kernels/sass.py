@@ -13,7 +13,9 @@ from pathlib import Path
 
 FUNCTION = re.compile(r"\.text\.(\S+):")
 LABEL = re.compile(r"(\.L_x_\d+):")
-INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)\b[^;]*?(?:`\((\.L_x_\d+)\))?\s*;")
+INSTRUCTION = re.compile(
+    r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(MUFU\.EX2|[A-Z][A-Z0-9_]*)\b[^;]*?(?:`\((\.L_x_\d+)\))?\s*;"
+)
 
 
 def nvdisasm() -> Path:

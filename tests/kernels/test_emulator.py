@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable
 
 import emulated
@@ -26,9 +27,13 @@ def probe(library: ctypes.CDLL) -> Callable[..., str]:
     """Calls a probe with arrays and numbers, and returns what the emulator has to say."""
 
     def call(
-        name: str, *arguments: object, seed: int = 0, buffers: dict[str, tuple[np.ndarray, bool]] | None = None
+        name: str,
+        *arguments: object,
+        seed: int = 0,
+        resident: int = 1,
+        buffers: dict[str, tuple[np.ndarray, bool]] | None = None,
     ) -> str:
-        library.emulator_reset(ctypes.c_uint32(seed), ctypes.c_bool(False))
+        library.emulator_reset(ctypes.c_uint32(seed), ctypes.c_bool(False), resident)
         for buffer, (array, writable) in (buffers or {}).items():
             address, size = array.ctypes.data_as(ctypes.c_void_p), ctypes.c_size_t(array.nbytes)
             library.emulator_buffer(buffer.encode(), address, size, ctypes.c_bool(writable), ctypes.c_bool(False))
@@ -90,6 +95,66 @@ def test_mistakes_are_reported(probe: Callable[..., str], mistake: str) -> None:
     data, output = np.zeros(64, np.float32), np.zeros(64, np.float32)
     buffers = {"input": (data, False), "output": (output, True)}
     assert MISTAKES[mistake] in probe("probe_mistake", list(MISTAKES).index(mistake), data, output, buffers=buffers)
+
+
+OMISSIONS = {
+    "nothing": "",
+    "release": "without release and acquire",
+    "release_after_data": "without release and acquire",
+    "barrier_before_release": "without release and acquire",
+    "fence": "without release and acquire",
+    "barrier_after_fence": "without release and acquire",
+    "awaiting": "nobody wrote|without release and acquire",
+    "reset": "nobody wrote",
+}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("resident", [1, 2, 7])
+@pytest.mark.parametrize("omitted", OMISSIONS)
+def test_blocks_that_hand_on_results(probe: Callable[..., str], omitted: str, resident: int, seed: int) -> None:
+    """Each step that orders one block's reads after another's writes is missed, on any schedule."""
+    blocks = 7
+    flags, data = np.zeros(1 + blocks, np.int32), np.full((blocks, 64), np.nan, np.float32)
+    buffers = {"flags": (flags, True), "data": (data, True)}
+    log = probe(
+        "probe_chain",
+        list(OMISSIONS).index(omitted),
+        blocks,
+        flags,
+        data,
+        seed=seed,
+        resident=resident,
+        buffers=buffers,
+    )
+    if omitted == "nothing":
+        assert log == ""
+        np.testing.assert_array_equal(data, np.array([[1, 2, 3, 4, 5, 6, 7]]).T * np.ones(64))
+    else:
+        assert re.search(OMISSIONS[omitted], log)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("resident", [1, 6, 7])
+def test_deadlock_of_tickets_out_of_order(probe: Callable[..., str], resident: int, seed: int) -> None:
+    """Blocks that wait for blocks that have not started: unless all are in flight."""
+    flags, data = np.zeros(8, np.int32), np.zeros((7, 64), np.float32)
+    buffers = {"flags": (flags, True), "data": (data, True)}
+    log = probe("probe_chain", len(OMISSIONS), 7, flags, data, seed=seed, resident=resident, buffers=buffers)
+    assert ("deadlock" in log) == (resident < 7)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_store_is_held_back(probe: Callable[..., str], seed: int) -> None:
+    data, seen = np.zeros(32, np.float32), np.full(32, np.nan, np.float32)
+    assert probe("probe_held_back", data, seen, seed=seed, resident=2, buffers={"data": (data, True)}) != ""
+    assert (seen == 0).all() and (data == 1).all()
+
+
+def test_ballot(probe: Callable[..., str]) -> None:
+    predicates, result = np.random.default_rng(2).integers(0, 2, 32).astype(np.int32), np.zeros(32, np.uint32)
+    assert probe("probe_ballot", predicates, result) == ""
+    assert (result == sum(1 << lane for lane in range(32) if predicates[lane])).all()
 
 
 @pytest.mark.parametrize(("pitch", "passes"), [(16, 4), (32, 8), (64, 16), (128, 32), (144, 4)])

@@ -7,6 +7,9 @@ import pytest
 
 FEW = [mutant for mutant in mutants.every_mutant() if "sync_block" in mutant.name][:2]
 FEW += [*mutants.MISTAKES[3:16:6], *mutants.INSTRUCTIONS[7:8]]
+FEW += [
+    mutant for mutant in mutants.WAVEFRONT if "a count instead of flags" in mutant.name or "by index" in mutant.name
+]
 
 
 def test_every_mutant_still_applies() -> None:

@@ -1,6 +1,6 @@
 """Everything that can be said of the CUDA kernels without a GPU: every case, every mutant, every architecture.
 
-    python tests/kernels/verify.py [--part forward,backward,ptx,mutants,compiled] [--processes N]
+    python tests/kernels/verify.py [--part forward,backward,wavefront,ptx,mutants,compiled] [--processes N]
 
 Ends with one line, and with status 1 if anything failed.
 """
@@ -20,10 +20,11 @@ import interpreted
 import mutants
 import torch
 from cases import DTYPES, HEAD_DIMS, Case, every_case, pairwise_cases
-from emulated import Kernels
+from emulated import Kernels, WavefrontKernels
+from emulated import wavefront as wavefront_kernels
 from verification import FORWARD_FACTOR, GRADIENT_FACTOR, check_backward, check_forward
 
-PARTS = ("forward", "backward", "ptx", "mutants", "compiled")
+PARTS = ("forward", "backward", "wavefront", "ptx", "mutants", "compiled")
 LONG = 257  # longer cases are many times slower: pairwise only
 
 
@@ -33,6 +34,21 @@ def forward(case: Case) -> tuple[float, str]:
 
 def backward(case: Case) -> tuple[float, str]:
     return _attempt(case, lambda: max(check_backward(case, deterministic=mode) for mode in (False, True)))
+
+
+def wavefront(case: Case) -> tuple[float, str]:
+    """On a schedule of the case's own, both lags. The number is the share of the allowed error."""
+
+    def check() -> float:
+        shares, schedule = [], {"seed": case.seq + case.head_dim, "resident": 1 + case.seq % 7}
+        for lag in (0, 1):
+            library = wavefront_kernels(DTYPES[case.dtype], case.head_dim, lag)
+            shares.append(check_forward(case, library, **schedule) / FORWARD_FACTOR)
+        for mode in (False, True):
+            shares.append(check_backward(case, library, deterministic=mode, **schedule) / GRADIENT_FACTOR)
+        return max(shares)
+
+    return _attempt(case, check)
 
 
 def ptx(case: Case) -> tuple[float, str]:
@@ -47,6 +63,11 @@ def ptx(case: Case) -> tuple[float, str]:
             if case.head_dim <= 128:
                 for mode in (False, True):
                     shares.append(check_backward(case, library, deterministic=mode) / GRADIENT_FACTOR)
+            if case.head_dim <= 128 and case.causal:
+                for lag in (0, 1):
+                    library = interpreted.wavefront(DTYPES[case.dtype], case.head_dim, lag, architecture)
+                    shares.append(check_forward(case, library) / FORWARD_FACTOR)
+                shares.append(check_backward(case, library) / GRADIENT_FACTOR)
         return max(shares)
 
     return _attempt(case, check)
@@ -90,8 +111,9 @@ def run(name: str, results: Iterable[tuple[float, str]]) -> tuple[int, float, in
     return count, largest, failures
 
 
-def cases(longest_head_dim: int) -> list[Case]:
-    possible = [case for case in every_case() if case.head_dim <= longest_head_dim]
+def cases(longest_head_dim: int, causal: bool = False) -> list[Case]:
+    """`causal`: those only."""
+    possible = [case for case in every_case() if case.head_dim <= longest_head_dim and case.causal >= causal]
     long = [case for case in possible if case.seq > LONG]
     return [case for case in possible if case.seq <= LONG] + pairwise_cases(long)
 
@@ -107,9 +129,11 @@ def main() -> int:
 
     def build(library: tuple[str, int]) -> tuple[float, str]:
         Kernels(DTYPES[library[0]], library[1])
+        if library[1] <= 128:
+            WavefrontKernels(DTYPES[library[0]], library[1], lag=0)
         return 0.0, ""
 
-    if {"forward", "backward", "ptx"} & set(chosen):
+    if {"forward", "backward", "wavefront", "ptx"} & set(chosen):
         with ThreadPoolExecutor(arguments.processes) as threads:
             list(threads.map(build, product(DTYPES, HEAD_DIMS)))
     compilations = list(product(DTYPES, HEAD_DIMS, compiled.ARCHITECTURES)) if compiled.nvcc() else []
@@ -126,6 +150,7 @@ def main() -> int:
         parts = {
             "forward": lambda: processes.imap_unordered(forward, cases(256)),
             "backward": lambda: processes.imap_unordered(backward, cases(128)),
+            "wavefront": lambda: processes.imap_unordered(wavefront, cases(128, causal=True)),
             "ptx": lambda: processes.imap_unordered(ptx, interpretations),
             "mutants": lambda: threads.map(mutant, planted_bugs),
             "compiled": lambda: threads.map(compile_one, compilations),
@@ -138,6 +163,7 @@ def main() -> int:
         return done[name][index] if name in done else 0
 
     attention_cases = result("forward", 0) + result("backward", 0)
+    in_one_launch = f"{result('wavefront', 0)} in one launch, worst {result('wavefront', 1):.2f} of what is allowed"
     planted, missed = result("mutants", 0), result("mutants", 2)
     as_compiled = (
         f"{result('ptx', 0)} more as PTX, worst {result('ptx', 1):.2f} of what is allowed; "
@@ -145,7 +171,7 @@ def main() -> int:
     )
     print(
         f"verified: {attention_cases} cases, worst error ratio {result('forward', 1):.2f} of 2 forward and "
-        f"{result('backward', 1):.2f} of 3 backward, {planted - missed} of {planted} mutants caught; "
+        f"{result('backward', 1):.2f} of 3 backward; {in_one_launch}; {planted - missed} of {planted} mutants caught; "
         + (as_compiled if compiled.nvcc() else "not compiled, as there is no nvcc")
     )
     failures = sum(part[2] for part in done.values())

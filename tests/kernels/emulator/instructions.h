@@ -2,6 +2,7 @@
 #pragma once
 #include <immintrin.h>
 
+#include <bit>
 #include <cmath>
 #include <cstring>
 
@@ -27,13 +28,16 @@ struct Words4 {
 inline int recompute(int x) { return x; }
 
 inline int thread_index() { return simt::block().thread; }
-inline int block_index() { return static_cast<int>(simt::block().index); }
+inline int block_index() { return simt::block().index; }
 inline Address shared_memory() { return 0; }
 
 inline void sync_block(SIMT_HERE) { simt::sync_block(where); }
 inline void sync_warp(SIMT_HERE) {
   int nothing = 0;
-  simt::collective("bar.warp.sync", where, nothing, [](int* const*, int) { simt::warp().epoch++; });
+  simt::collective("bar.warp.sync", where, nothing, [](int* const*, int) {
+    simt::warp().epoch++;
+    simt::share_in_warp();
+  });
 }
 
 // ---- elements ----
@@ -165,14 +169,28 @@ inline float shuffle_xor(float value, int mask, SIMT_HERE) {
   return arguments.out;
 }
 
+inline int trailing_ones(uint32_t bits) { return std::countr_one(bits); }
+inline uint32_t ballot(bool predicate, SIMT_HERE) {
+  struct Arguments {
+    bool in;
+    uint32_t out;
+  } arguments{predicate, 0};
+  simt::collective("vote.ballot", where, arguments, [](Arguments* const* lanes, int) {
+    uint32_t set = 0;
+    for (int lane = 0; lane < 32; lane++) set |= uint32_t(lanes[lane]->in) << lane;
+    for (int lane = 0; lane < 32; lane++) lanes[lane]->out = set;
+  });
+  return arguments.out;
+}
+
 // ---- shared memory ----
 // A warp's loads and stores are taken together, to count bank conflicts: so all its lanes must take part.
 
 inline void cp_async(Address destination, const void* source, int bytes, bool valid, simt::Where where) {
-  if (valid) valid = simt::access_global(source, bytes, false, where);
+  if (valid) valid = simt::access_global(source, bytes, simt::Kind::READ, where);
   simt::write_shared(destination, bytes, thread_index(), where, true);
-  const simt::Copy copy{destination, source, bytes, simt::thread().groups, valid, where};
-  if (simt::machine.options.seed && simt::machine.random() % 2) simt::land(copy, thread_index());
+  simt::Copy copy{destination, source, bytes, simt::thread().groups, valid, false, where};
+  if (simt::machine.options.seed && simt::machine.random() % 2) simt::land(copy);
   simt::thread().copies.push_back(copy);
 }
 inline void cp_async_16(Address destination, const void* source, bool valid, SIMT_HERE) {
@@ -186,11 +204,11 @@ template <int PENDING>
 void cp_async_wait() {
   std::vector<simt::Copy>& copies = simt::thread().copies;
   std::vector<simt::Copy> pending;
-  for (const simt::Copy& copy : copies) {
+  for (simt::Copy& copy : copies) {
     if (copy.group >= simt::thread().groups - PENDING) {
       pending.push_back(copy);
     } else {
-      simt::land(copy, thread_index());
+      simt::land(copy);
       simt::finish(copy, thread_index());
     }
   }
@@ -214,6 +232,8 @@ inline void store_shared(Address address, uint32_t word, SIMT_HERE) {
     simt::counters().shared_store_passes += simt::passes(addresses, 4);
   });
 }
+
+inline void store_shared(Address address, float value, SIMT_HERE) { store_shared(address, to_bits(value), where); }
 
 template <int BYTES>
 void load_shared_bytes(Address address, void* destination, simt::Where where) {
@@ -246,12 +266,12 @@ inline Words4 load_shared_16(Address address, SIMT_HERE) {
 template <class Value>
 Value read(const void* address, simt::Where where) {
   Value value{};
-  if (simt::access_global(address, sizeof(Value), false, where)) std::memcpy(&value, address, sizeof value);
+  if (simt::access_global(address, sizeof value, simt::Kind::READ, where)) simt::read_global(&value, address, sizeof value);
   return value;
 }
 template <class Value>
 void write(void* address, Value value, simt::Where where) {
-  if (simt::access_global(address, sizeof value, true, where)) std::memcpy(address, &value, sizeof value);
+  if (simt::access_global(address, sizeof value, simt::Kind::WRITE, where)) simt::write_global(address, &value, sizeof value);
 }
 inline uint32_t load_global(const void* address, bool valid, SIMT_HERE) {
   return valid ? read<uint32_t>(address, where) : 0;
@@ -268,8 +288,13 @@ inline void store_global_16(void* address, Words4 words, bool valid, SIMT_HERE) 
   if (valid) write(address, words, where);
 }
 inline void reduce_add_global(float* address, float value, bool valid, SIMT_HERE) {
-  if (valid && simt::access_global(address, 4, true, where, true)) *address += value;
+  if (valid && simt::access_global(address, 4, simt::Kind::ATOMIC_UPDATE, where)) *address += value;
 }
+
+inline int fetch_add(int* address, int value, SIMT_HERE) { return simt::fetch_add(address, value, where); }
+inline int load_relaxed(const int* address, SIMT_HERE) { return simt::load_relaxed(address, where); }
+inline void fence() { simt::fence(); }
+inline void store_release(int* address, int value, SIMT_HERE) { simt::store_release(address, value, where); }
 
 // ---- host side ----
 

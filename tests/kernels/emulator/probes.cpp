@@ -101,14 +101,14 @@ void probe_barrier(int threads, int barrier, bool read_first) {
   simt::launch([&] {
     const int thread = thread_index();
     uint32_t pair[2];
-    store_shared(thread * 8, 1);
-    store_shared(thread * 8 + 4, 1);
+    store_shared(thread * 8, 1u);
+    store_shared(thread * 8 + 4, 1u);
     sync_block();
     if (read_first) load_shared((threads - 1 - thread) * 8, pair);
-    else store_shared(thread * 8, 2);
+    else store_shared(thread * 8, 2u);
     if (barrier == 0) sync_block();
     if (barrier == 2) sync_warp();
-    if (read_first) store_shared(thread * 8, 2);
+    if (read_first) store_shared(thread * 8, 2u);
     else load_shared((threads - 1 - thread) * 8, pair);
   }, 1, threads, threads * 8);
 }
@@ -121,7 +121,7 @@ void probe_mistake(int mistake, float* input, float* output) {
     uint32_t pair[2];
     switch (mistake) {
       case UNWRITTEN: load_shared(thread * 8, pair); break;
-      case OUTSIDE: store_shared(1024 + thread * 4, 0); break;
+      case OUTSIDE: store_shared(1024 + thread * 4, 0u); break;
       case MISALIGNED: load_shared(thread * 8 + 4, pair); break;
       case GLOBAL_OUTSIDE: load_global(input + 64 + thread, true); break;
       case GLOBAL_READ_ONLY: store_global(input + thread, 0.f, true); break;
@@ -140,11 +140,61 @@ void probe_mistake(int mistake, float* input, float* output) {
   }, mistake == TWO_BLOCKS ? 2 : 1, 64, 1024);
 }
 
+// A chain of blocks: each adds 1 to what the one before left, having awaited its flag, and sets its own. Tickets say which
+// block is which. `flags`: the ticket, then a flag each.
+enum Omission { NOTHING, RELEASE, RELEASE_AFTER_DATA, BARRIER_BEFORE_RELEASE, FENCE, BARRIER_AFTER_FENCE, AWAITING, RESET,
+                ORDER_OF_TICKETS };
+void probe_chain(int omitted, int blocks, int* flags, float* data) {
+  if (omitted != RESET) fill_zero(flags, (1 + blocks) * sizeof(int), nullptr);
+  simt::launch([&] {
+    const int thread = thread_index();
+    uint32_t ticket[2];
+    const int taken = thread == 0 ? fetch_add(flags, 1) : 0;
+    if (thread < 32) store_shared(thread * 4, static_cast<uint32_t>(taken));
+    sync_block();
+    load_shared(0, ticket);
+    const int index = omitted == ORDER_OF_TICKETS ? blocks - 1 - ticket[0] : ticket[0];
+    int* flag = flags + 1 + index;
+    auto publish = [&] {
+      if (thread > 0) return;
+      if (omitted == RELEASE) store_global(static_cast<void*>(flag), 1, true);
+      else store_release(flag, 1);
+    };
+
+    if (index > 0 && thread == 0 && omitted != AWAITING) {
+      while (load_relaxed(flag - 1) == 0) {}
+      if (omitted != FENCE) fence();
+    }
+    if (omitted != BARRIER_AFTER_FENCE) sync_block();
+    const int other = 63 - thread;
+    float value = 1;
+    if (index > 0) value += load_global(data + (index - 1) * 64 + other, true);
+    if (index > 1) value += load_global(data + other, true) - 1;  // of the first block, known by way of those between
+    if (omitted == RELEASE_AFTER_DATA) publish();
+    store_global(data + index * 64 + thread, value, true);
+    if (omitted != BARRIER_BEFORE_RELEASE) sync_block();
+    if (omitted != RELEASE_AFTER_DATA) publish();
+  }, blocks, 64, 128);
+}
+
+// Block 1 reads what block 0 stores, without any order: does it see the value before the launch ends?
+void probe_held_back(float* data, float* seen) {
+  simt::launch([&] {
+    const int thread = thread_index();
+    if (block_index() == 0) store_global(data + thread, 1.f, true);
+    else seen[thread] = load_global(data + thread, true);
+  }, 2, 32, 0);
+}
+
+void probe_ballot(const int* predicates, uint32_t* set) {
+  simt::launch([&] { set[thread_index()] = ballot(predicates[thread_index()]); }, 1, 32, 0);
+}
+
 // A warp's ldmatrix of rows `pitch` bytes apart, and a 4-byte store at that pitch: for the counts of bank conflicts.
 void probe_banks(int pitch) {
   simt::launch([&] {
     const int lane = thread_index();
-    for (int i = 0; i < pitch / 4; i++) store_shared(i * 128 + lane * 4, 0);
+    for (int i = 0; i < pitch / 4; i++) store_shared(i * 128 + lane * 4, 0u);
     sync_warp();
     uint32_t r[4];
     ldmatrix_x4(r, lane * pitch);
@@ -152,7 +202,7 @@ void probe_banks(int pitch) {
 }
 
 void probe_store_banks(int pitch) {
-  simt::launch([&] { store_shared(thread_index() * pitch, 0); }, 1, 32, 32 * pitch);
+  simt::launch([&] { store_shared(thread_index() * pitch, 0u); }, 1, 32, 32 * pitch);
 }
 
 // The order in which warps pass a point: depends on the seed.

@@ -12,6 +12,8 @@
 // makes elements of the sums; or, to be the same bits in each run, backward_query computes dQ on its own, a block of
 // queries at a time, at the price of computing S and dS twice (2 + 5 + 4 products).
 #pragma once
+#include <type_traits>
+
 #include "forward.cuh"
 
 namespace twicing {
@@ -78,10 +80,93 @@ DEVICE void weights_from_scores(float (&scores)[COLUMNS][4], float scale_log2, p
   }
 }
 
+// Transposed, [key][query]: dA becomes dS = A * (dA - delta).
+template <int COLUMNS>
+DEVICE void grad_scores_from_weights(float (&grad)[COLUMNS][4], const float (&weights)[COLUMNS][4], ptx::Address delta) {
+#pragma unroll
+  for (int n = 0; n < COLUMNS; n++) {
+    float delta_of[2];
+    load_pair(delta_of, delta, n * 8);
+#pragma unroll
+    for (int i = 0; i < 4; i++) grad[n][i] = weights[n][i] * (grad[n][i] - delta_of[i % 2]);
+  }
+}
+
 template <class T, int COLUMNS>
 DEVICE void pack_all(uint32_t (&a)[COLUMNS / 2][4], const float (&c)[COLUMNS][4]) {
 #pragma unroll
   for (int k = 0; k < COLUMNS / 2; k++) pack_a<T>(a[k], c[2 * k], c[2 * k + 1]);
+}
+
+// Left operands, as a warp has them, to 16 rows of a tile, from a column on.
+template <int WIDTH, int BLOCKS>
+DEVICE void store_operands(ptx::Address tile, int row, int column, const uint32_t (&a)[BLOCKS][4]) {
+#pragma unroll
+  for (int n = 0; n < 2 * BLOCKS; n++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const uint32_t chunk = Swizzle<WIDTH>::offset(row + half * 8 + lane_index() / 4, column / 8 + n);
+      ptx::store_shared(tile + chunk + lane_index() % 4 * 4, a[n / 2][n % 2 * 2 + half]);
+    }
+}
+
+// From A^T dO to dU, in one of the two rows that a thread has of a fragment, and some of its columns; returns what these
+// columns of the thread add to the row's delta.
+template <class T, int COLUMNS>
+DEVICE float grad_u_and_delta(float (&sum)[COLUMNS / 8][4], int half, const BackwardParams& p, int batch, int head,
+                              int row, int first_column) {
+  const bool exists = row < p.problem.seq;
+  const uint16_t* grad_output = p.grad_output.rows(batch, head) + row * p.grad_output.row_stride;
+  const uint16_t* u = p.u.rows(batch, head) + row * p.u.row_stride;
+  const uint16_t* output = p.output.rows(batch, head) + row * p.output.row_stride;
+  float delta = 0.f;
+#pragma unroll
+  for (int n = 0; n < COLUMNS / 8; n++) {
+    const int column = first_column + n * 8 + lane_index() % 4 * 2;
+    const uint32_t g = ptx::load_global(grad_output + column, exists);
+    const uint32_t uu = ptx::load_global(u + column, exists);
+    const uint32_t o = ptx::load_global(output + column, exists);
+    float(&pair)[4] = sum[n];
+    pair[2 * half] = 2.f * ptx::low(T{}, g) - pair[2 * half];
+    pair[2 * half + 1] = 2.f * ptx::high(T{}, g) - pair[2 * half + 1];
+    // Of dU as rounded: delta is to cancel what the products make of those elements.
+    const uint32_t grad_u = ptx::pack(T{}, pair[2 * half], pair[2 * half + 1]);
+    delta += ptx::low(T{}, grad_u) * ptx::low(T{}, uu) + ptx::high(T{}, grad_u) * ptx::high(T{}, uu);
+    delta -= ptx::low(T{}, g) * (2.f * ptx::low(T{}, uu) - ptx::low(T{}, o));
+    delta -= ptx::high(T{}, g) * (2.f * ptx::high(T{}, uu) - ptx::high(T{}, o));
+  }
+  return delta;
+}
+
+// Adds dS K of all the block's keys to dQ; each warp has 16 of the queries and some columns.
+template <class T, int DIM, class Tiling>
+DEVICE void add_grad_query(const BackwardParams& p, int batch, int head, ptx::Address grad_scores_tile,
+                           ptx::Address key_tile, int first_query, int end) {
+  constexpr int QUERY_GROUPS = Tiling::OTHER / 16, COLUMN_GROUPS = Tiling::WARPS / QUERY_GROUPS;
+  constexpr int COLUMNS = (DIM / 16 + COLUMN_GROUPS - 1) / COLUMN_GROUPS * 16;
+  const int tile_query = warp_index() % QUERY_GROUPS * 16, column = warp_index() / QUERY_GROUPS * COLUMNS;
+  if (COLUMNS * COLUMN_GROUPS > DIM && column >= DIM) return;  // 96 columns for 4 warps: three have 32
+  float grad_query[COLUMNS / 8][4];
+  set_zero(grad_query);
+#pragma unroll
+  for (int k = 0; k < Tiling::OWN; k += 16) {
+    uint32_t grad_scores[4];
+    load_a_from_columns<Tiling::OTHER>(grad_scores, grad_scores_tile, tile_query, k);
+#pragma unroll
+    for (int n = 0; n < COLUMNS / 8; n += 2) {
+      uint32_t b[4];
+      load_b<DIM>(b, key_tile, k, column + n * 8);
+      multiply_pair<T>(grad_query[n], grad_query[n + 1], grad_scores, b);
+    }
+  }
+  const int query = first_query + tile_query + lane_index() / 4;
+  float* sum = p.grad_query_sum + (p.problem.first_statistic(batch, head) + query) * DIM + column;
+#pragma unroll
+  for (int n = 0; n < COLUMNS / 8; n++)
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      ptx::reduce_add_global(sum + i / 2 * 8 * DIM + n * 8 + lane_index() % 4 * 2 + i % 2, grad_query[n][i],
+                             query + i / 2 * 8 < end);
 }
 
 // dU and delta.
@@ -139,28 +224,8 @@ __global__ void __launch_bounds__(BackwardTiling<DIM>::THREADS, 1) backward_u(co
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const int row = first_key + warp_row + half * 8 + lane / 4;
-    const bool exists = row < problem.seq;
-    const uint16_t* grad_output = p.grad_output.rows(work.batch, work.head) + row * p.grad_output.row_stride;
-    const uint16_t* u = p.u.rows(work.batch, work.head) + row * p.u.row_stride;
-    const uint16_t* output = p.output.rows(work.batch, work.head) + row * p.output.row_stride;
-    float delta = 0.f;
-#pragma unroll
-    for (int n = 0; n < DIM / 8; n++) {
-      const int column = n * 8 + lane % 4 * 2;
-      const uint32_t g = ptx::load_global(grad_output + column, exists);
-      const uint32_t uu = ptx::load_global(u + column, exists);
-      const uint32_t o = ptx::load_global(output + column, exists);
-      float(&pair)[4] = sum[n];
-      pair[2 * half] = 2.f * ptx::low(T{}, g) - pair[2 * half];
-      pair[2 * half + 1] = 2.f * ptx::high(T{}, g) - pair[2 * half + 1];
-      // Of dU as rounded: delta is to cancel what the next launch makes of those elements.
-      const uint32_t grad_u = ptx::pack(T{}, pair[2 * half], pair[2 * half + 1]);
-      delta += ptx::low(T{}, grad_u) * ptx::low(T{}, uu) + ptx::high(T{}, grad_u) * ptx::high(T{}, uu);
-      delta -= ptx::low(T{}, g) * (2.f * ptx::low(T{}, uu) - ptx::low(T{}, o));
-      delta -= ptx::high(T{}, g) * (2.f * ptx::high(T{}, uu) - ptx::high(T{}, o));
-    }
-    delta = sum_over_row(delta);
-    ptx::store_global(p.delta + first_statistic + row, delta, exists && lane % 4 == 0);
+    const float delta = sum_over_row(grad_u_and_delta<T, DIM>(sum, half, p, work.batch, work.head, row, 0));
+    ptx::store_global(p.delta + first_statistic + row, delta, row < problem.seq && lane % 4 == 0);
   }
   store_rows<T, DIM>(sum, key_tile, warp_row, p.grad_u.rows(work.batch, work.head), p.grad_u.row_stride,
                      first_key + warp_row, problem.seq);
@@ -173,7 +238,7 @@ __global__ void __launch_bounds__(BackwardTiling<DIM>::THREADS, 1) backward_keys
   constexpr int OWN = Tiling::OWN, OTHER = Tiling::OTHER, THREADS = Tiling::THREADS, STAGES = Tiling::STAGES;
   const Problem& problem = p.problem;
   const Work work = work_of(ptx::block_index(), problem.key_heads, problem.batch);
-  const int lane = lane_index(), warp_row = warp_index() * 16, first_key = work.block * OWN;
+  const int warp_row = warp_index() * 16, first_key = work.block * OWN;
   const int last_key = smaller(first_key + OWN, problem.seq) - 1;
   const float scale_log2 = problem.scale * LOG2_E;
 
@@ -233,49 +298,15 @@ __global__ void __launch_bounds__(BackwardTiling<DIM>::THREADS, 1) backward_keys
       set_zero(grad_scores);
       multiply_rows<T, DIM, OTHER / 8>(grad_scores, value_tile, warp_row, grad_u_tile, 0);
       multiply_rows<T, DIM, OTHER / 8, true>(grad_scores, u_tile, warp_row, grad_output_tile, 0);
-#pragma unroll
-      for (int n = 0; n < OTHER / 8; n++) {
-        float delta_of[2];
-        load_pair(delta_of, delta, n * 8);
-#pragma unroll
-        for (int i = 0; i < 4; i++) grad_scores[n][i] = weights[n][i] * (grad_scores[n][i] - delta_of[i % 2]);
-      }
+      grad_scores_from_weights(grad_scores, weights, delta);
       pack_all<T>(a, grad_scores);
       multiply_registers<T, DIM, OTHER / 16>(grad_key, a, query_tile);
 
       if (ADD_QUERY) {
-        // dQ needs all the block's keys, so the warps exchange dS^T; each then has 16 queries and some columns.
-        constexpr int QUERY_GROUPS = OTHER / 16, COLUMNS = DIM * QUERY_GROUPS / Tiling::WARPS;
-#pragma unroll
-        for (int n = 0; n < OTHER / 8; n++)
-#pragma unroll
-          for (int half = 0; half < 2; half++) {
-            const ptx::Address chunk = Swizzle<OTHER>::offset(warp_row + half * 8 + lane / 4, n);
-            ptx::store_shared(grad_scores_tile + chunk + lane % 4 * 4, a[n / 2][n % 2 * 2 + half]);
-          }
+        // dQ needs all the block's keys, so the warps exchange dS^T.
+        store_operands<OTHER>(grad_scores_tile, warp_row, 0, a);
         ptx::sync_block();  // dS^T is complete
-        const int tile_query = warp_index() % QUERY_GROUPS * 16, column = warp_index() / QUERY_GROUPS * COLUMNS;
-        float grad_query[COLUMNS / 8][4];
-        set_zero(grad_query);
-#pragma unroll
-        for (int k = 0; k < OWN; k += 16) {
-          uint32_t grad_scores_a[4];
-          load_a_from_columns<OTHER>(grad_scores_a, grad_scores_tile, tile_query, k);
-#pragma unroll
-          for (int n = 0; n < COLUMNS / 8; n += 2) {
-            uint32_t b[4];
-            load_b<DIM>(b, key_tile, k, column + n * 8);
-            multiply_pair<T>(grad_query[n], grad_query[n + 1], grad_scores_a, b);
-          }
-        }
-        const int query = first_query + tile_query + lane / 4;
-        float* sum = p.grad_query_sum + (problem.first_statistic(work.batch, head) + query) * DIM + column;
-#pragma unroll
-        for (int n = 0; n < COLUMNS / 8; n++)
-#pragma unroll
-          for (int i = 0; i < 4; i++)
-            ptx::reduce_add_global(sum + i / 2 * 8 * DIM + n * 8 + lane % 4 * 2 + i % 2, grad_query[n][i],
-                                   query + i / 2 * 8 < end);
+        add_grad_query<T, DIM, Tiling>(p, work.batch, ptx::recompute(head), grad_scores_tile, key_tile, first_query, end);
       }
       ptx::sync_block();  // nobody reads this stage, dS^T or, after the last step, U any more
       if (first_query + STAGES * OTHER < end) start_copies(query_tile, head, first_query + STAGES * OTHER);
@@ -394,29 +425,39 @@ __global__ void __launch_bounds__(ROUND_THREADS) round_query(const BackwardParam
   ptx::store_global(target, ptx::pack(T{}, low, high), exists);
 }
 
+// Launches what gives dK and dV, which with `add_query` adds to dQ's sum, and whatever it takes to have dQ.
+template <class T, int DIM, class LaunchKeys>
+ptx::Status run_with_grad_query(const BackwardParams& p, ptx::Stream stream, LaunchKeys launch_keys) {
+  using Tiling = BackwardTiling<DIM>;
+  const Problem& problem = p.problem;
+  const int64_t heads = int64_t(problem.batch) * problem.heads, rows = heads * problem.seq;
+  if (p.grad_query_sum == nullptr) {
+    const ptx::Status status = launch_keys(std::false_type{});
+    if (status != ptx::SUCCESS) return status;
+    return ptx::launch(backward_query<T, DIM>, (problem.seq + Tiling::OWN - 1) / Tiling::OWN * heads, Tiling::THREADS,
+                       Tiling::QUERY_SHARED_BYTES, stream, p);
+  }
+  ptx::Status status = ptx::fill_zero(p.grad_query_sum, rows * DIM * sizeof(float), stream);
+  if (status != ptx::SUCCESS) return status;
+  status = launch_keys(std::true_type{});
+  if (status != ptx::SUCCESS) return status;
+  const int64_t round_blocks = (rows * DIM / 2 + ROUND_THREADS - 1) / ROUND_THREADS;
+  return ptx::launch(round_query<T, DIM>, round_blocks, ROUND_THREADS, 0, stream, p);
+}
+
 template <class T, int DIM>
 ptx::Status run_backward(const BackwardParams& p, ptx::Stream stream) {
   using Tiling = BackwardTiling<DIM>;
   const Problem& problem = p.problem;
-  const int64_t rows = int64_t(problem.batch) * problem.heads * problem.seq;
   const int64_t blocks = (problem.seq + Tiling::OWN - 1) / Tiling::OWN * int64_t(problem.batch);
   auto launch = [&](auto kernel, int heads, int shared_bytes) {
     return ptx::launch(kernel, blocks * heads, Tiling::THREADS, shared_bytes, stream, p);
   };
-
-  ptx::Status status = launch(backward_u<T, DIM>, problem.heads, Tiling::U_SHARED_BYTES);
+  const ptx::Status status = launch(backward_u<T, DIM>, problem.heads, Tiling::U_SHARED_BYTES);
   if (status != ptx::SUCCESS) return status;
-  if (p.grad_query_sum == nullptr) {
-    status = launch(backward_keys<T, DIM, false>, problem.key_heads, Tiling::KEYS_SHARED_BYTES);
-    if (status != ptx::SUCCESS) return status;
-    return launch(backward_query<T, DIM>, problem.heads, Tiling::QUERY_SHARED_BYTES);
-  }
-  status = ptx::fill_zero(p.grad_query_sum, rows * DIM * sizeof(float), stream);
-  if (status != ptx::SUCCESS) return status;
-  status = launch(backward_keys<T, DIM, true>, problem.key_heads, Tiling::KEYS_SHARED_BYTES);
-  if (status != ptx::SUCCESS) return status;
-  const int64_t round_blocks = (rows * DIM / 2 + ROUND_THREADS - 1) / ROUND_THREADS;
-  return ptx::launch(round_query<T, DIM>, round_blocks, ROUND_THREADS, 0, stream, p);
+  return run_with_grad_query<T, DIM>(p, stream, [&](auto add_query) {
+    return launch(backward_keys<T, DIM, add_query.value>, problem.key_heads, Tiling::KEYS_SHARED_BYTES);
+  });
 }
 
 }  // namespace twicing

@@ -32,11 +32,10 @@ struct ForwardTiling {
 enum Pass { FIRST, SECOND };
 
 // scores = Q K^T of the warp's rows and one tile of keys. `query` is used only if the tiling keeps it in registers.
-template <class T, int DIM>
-DEVICE void multiply_query_key(float (&scores)[ForwardTiling<DIM>::TILES][ForwardTiling<DIM>::KEYS / 8][4],
-                               const uint32_t (&query)[ForwardTiling<DIM>::TILES][DIM / 16][4],
-                               ptx::Address query_tile, int warp_row, ptx::Address key_tile) {
-  using Tiling = ForwardTiling<DIM>;
+template <class T, int DIM, class Tiling>
+DEVICE void multiply_query_key(float (&scores)[Tiling::TILES][Tiling::KEYS / 8][4],
+                               const uint32_t (&query)[Tiling::TILES][DIM / 16][4], ptx::Address query_tile,
+                               int warp_row, ptx::Address key_tile) {
 #pragma unroll
   for (int t = 0; t < Tiling::TILES; t++) set_zero(scores[t]);
 #pragma unroll(Tiling::QUERY_IN_REGISTERS ? DIM / 16 : 4)
@@ -78,10 +77,26 @@ DEVICE void hide_keys(float (&scores)[COLUMNS][4], int first_key, ptx::Address s
   }
 }
 
-// Scores become exp(scale (score - maximum)) under the new running maximum; what has been summed so far is rescaled.
-template <int COLUMNS, int OUTPUTS>
-DEVICE void online_softmax(float (&scores)[COLUMNS][4], float (&maximum)[2], float (&sum)[2],
-                           float (&output)[OUTPUTS][4], float scale_log2) {
+// output += weights * a tile of values; each fragment of values serves all the warp's rows.
+template <class T, int DIM, int TILES, int BLOCKS>
+DEVICE void multiply_values(float (&output)[TILES][DIM / 8][4], const uint32_t (&weights)[TILES][BLOCKS][4],
+                            ptx::Address value_tile) {
+#pragma unroll
+  for (int k = 0; k < BLOCKS; k++)
+#pragma unroll
+    for (int n = 0; n < DIM / 8; n += 2) {
+      uint32_t b[4];
+      load_b<DIM>(b, value_tile, k * 16, n * 8);
+#pragma unroll
+      for (int t = 0; t < TILES; t++) multiply_pair<T>(output[t][n], output[t][n + 1], weights[t][k], b);
+    }
+}
+
+// Scores become exp(scale (score - maximum)) under the new running maximum; what has been summed so far is to be
+// multiplied by `rescale`.
+template <int COLUMNS>
+DEVICE void online_softmax(float (&scores)[COLUMNS][4], float (&maximum)[2], float (&sum)[2], float (&rescale)[2],
+                           float scale_log2) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     float highest = maximum[half];
@@ -89,9 +104,9 @@ DEVICE void online_softmax(float (&scores)[COLUMNS][4], float (&maximum)[2], flo
     for (int n = 0; n < COLUMNS; n++) highest = fmaxf(highest, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
     highest = max_over_row(highest);
     const float shift = highest == -INFINITY ? 0.f : highest * scale_log2;  // no key seen yet: -inf less -inf is NaN
-    const float rescale = ptx::exp2(maximum[half] * scale_log2 - shift);
+    rescale[half] = ptx::exp2(maximum[half] * scale_log2 - shift);
     maximum[half] = highest;
-    sum[half] *= rescale;
+    sum[half] *= rescale[half];
 #pragma unroll
     for (int n = 0; n < COLUMNS; n++)
 #pragma unroll
@@ -99,12 +114,14 @@ DEVICE void online_softmax(float (&scores)[COLUMNS][4], float (&maximum)[2], flo
         scores[n][i] = ptx::exp2(scores[n][i] * scale_log2 - shift);
         sum[half] += scores[n][i];
       }
-#pragma unroll
-    for (int n = 0; n < OUTPUTS; n++) {
-      output[n][2 * half] *= rescale;
-      output[n][2 * half + 1] *= rescale;
-    }
   }
+}
+template <int COLUMNS>
+DEVICE void scale_rows(float (&c)[COLUMNS][4], const float (&factor)[2]) {
+#pragma unroll
+  for (int n = 0; n < COLUMNS; n++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) c[n][i] *= factor[i / 2];
 }
 
 template <class T, int DIM, Pass PASS>
@@ -184,14 +201,16 @@ __global__ void __launch_bounds__(ForwardTiling<DIM>::THREADS, 1) forward_kernel
         for (int k = 0; k < DIM / 16; k++) load_a<DIM>(query[t][k], query_tile, warp_row + t * 16, k * 16);
     }
     float scores[TILES][KEYS / 8][4];
-    multiply_query_key<T, DIM>(scores, query, query_tile, warp_row, key_tile);
+    multiply_query_key<T, DIM, Tiling>(scores, query, query_tile, warp_row, key_tile);
 
     uint32_t weights[TILES][KEYS / 16][4];
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
       hide_keys(scores[t], first_key, spans, warp_row + t * 16);
       if (PASS == FIRST) {
-        online_softmax(scores[t], maximum[t], sum[t], output[t], scale_log2);
+        float rescale[2];
+        online_softmax(scores[t], maximum[t], sum[t], rescale, scale_log2);
+        scale_rows(output[t], rescale);
       } else {
 #pragma unroll
         for (int n = 0; n < KEYS / 8; n++)
@@ -201,36 +220,24 @@ __global__ void __launch_bounds__(ForwardTiling<DIM>::THREADS, 1) forward_kernel
 #pragma unroll
       for (int k = 0; k < KEYS / 16; k++) pack_a<T>(weights[t][k], scores[t][2 * k], scores[t][2 * k + 1]);
     }
-#pragma unroll
-    for (int k = 0; k < KEYS / 16; k++)
-#pragma unroll
-      for (int n = 0; n < DIM / 8; n += 2) {
-        uint32_t b[4];
-        load_b<DIM>(b, value_tile, k * 16, n * 8);
-#pragma unroll
-        for (int t = 0; t < TILES; t++) multiply_pair<T>(output[t][n], output[t][n + 1], weights[t][k], b);
-      }
+    multiply_values<T, DIM>(output, weights, value_tile);
   }
 
   // Found again rather than kept: at 128 there is no register for it.
   work = work_of(ptx::recompute(ptx::block_index()), problem.heads, problem.batch);
 #pragma unroll
   for (int t = 0; t < TILES; t++) {
+    float factor[2] = {-1.f, -1.f};
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      float factor = -1.f;
       if (PASS == FIRST) {
         const float total = sum_over_row(sum[t][half]);
         const float lse = LN_2 * (maximum[t][half] * scale_log2 + ptx::log2(total));
         ptx::store_global(lse_of(row_of(t, half)), lse, lane % 4 == 0 && row_of(t, half) < problem.seq);
-        factor = ptx::reciprocal(total);
-      }
-#pragma unroll
-      for (int n = 0; n < DIM / 8; n++) {
-        output[t][n][2 * half] *= factor;
-        output[t][n][2 * half + 1] *= factor;
+        factor[half] = ptx::reciprocal(total);
       }
     }
+    scale_rows(output[t], factor);
     auto store = [&](const Tensor& tensor) {
       const int tile_row = warp_row + t * 16;
       store_rows<T, DIM>(output[t], query_tile, tile_row, tensor.rows(work.batch, work.head), tensor.row_stride,

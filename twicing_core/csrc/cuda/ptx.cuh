@@ -86,6 +86,8 @@ DEVICE void cp_async_wait() {  // until at most PENDING of this thread's groups 
 }
 
 DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+DEVICE uint32_t ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }  // a bit a lane
+DEVICE int trailing_ones(uint32_t bits) { return __clz(__brev(~bits)); }
 
 DEVICE float exp2(float x) {
   float y;
@@ -130,6 +132,7 @@ DEVICE float high(Fp16, uint32_t word) {
 DEVICE void store_shared(Address address, uint32_t word) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
 }
+DEVICE void store_shared(Address address, float value) { store_shared(address, __float_as_uint(value)); }
 DEVICE void load_shared(Address address, uint32_t (&pair)[2]) {
   asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(pair[0]), "=r"(pair[1]) : "r"(address) : "memory");
 }
@@ -162,6 +165,22 @@ DEVICE void store_global_16(void* address, Words4 v, bool valid) {
 }
 DEVICE void reduce_add_global(float* address, float value, bool valid) {  // in no particular order
   if (valid) asm volatile("red.global.add.f32 [%0], %1;" ::"l"(address), "f"(value) : "memory");
+}
+
+// Blocks of a launch that talk to each other (PTX ISA, "Memory Consistency Model"), in the scope of the whole device.
+DEVICE int fetch_add(int* address, int value) {  // relaxed
+  int old;
+  asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], %2;" : "=r"(old) : "l"(address), "r"(value) : "memory");
+  return old;
+}
+DEVICE int load_relaxed(const int* address) {
+  int value;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+DEVICE void store_release(int* address, int value) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
 
 // Host side: the next work on a stream. Return what CUDA says of it; no call waits for the device.

@@ -15,8 +15,8 @@
 
 namespace twicing {
 
-DEVICE int lane_index() { return ptx::thread_index() % 32; }
-DEVICE int warp_index() { return ptx::thread_index() / 32; }
+DEVICE int lane_index() { return static_cast<uint32_t>(ptx::thread_index()) % 32; }
+DEVICE int warp_index() { return static_cast<uint32_t>(ptx::thread_index()) / 32; }
 
 // Eight rows of one chunk fall into different banks if each 128 bytes hold it at another place than the 128 before.
 template <int WIDTH>
@@ -26,8 +26,8 @@ struct Swizzle {
   static constexpr int ROWS_IN_128_BYTES = 8 / PERIOD;
   static_assert(CHUNKS % 4 == 0 || CHUNKS == 2, "no conflict-free order is known for this width");
 
-  static DEVICE uint32_t offset(int row, int chunk) {
-    return static_cast<uint32_t>(row * CHUNKS + (chunk ^ (row / ROWS_IN_128_BYTES % PERIOD))) * 16;
+  static DEVICE uint32_t offset(uint32_t row, uint32_t chunk) {
+    return (row * CHUNKS + (chunk ^ (row / ROWS_IN_128_BYTES % PERIOD))) * 16;
   }
   // From an even chunk's address, or its right neighbour's, that of the chunk `chunks` (even) further right. Cheaper than
   // `offset`: tiles start on 128 bytes, so it is one xor, and less to keep in registers.
@@ -134,25 +134,29 @@ DEVICE void multiply_registers(float (&c)[DIM / 8][4], const uint32_t (&a)[BLOCK
 }
 
 // Writes a warp's 16 rows of results to rows first .. of a matrix, in 16-byte pieces, by way of rows `tile_row` .. of a
-// tile that no other warp uses. Rows from `end` on are not written. `c` becomes what the rounding left out.
-template <class T, int DIM>
-DEVICE void store_rows(float (&c)[DIM / 8][4], ptx::Address tile, int tile_row, uint16_t* matrix, int64_t row_stride,
-                       int first, int end) {
-  const int lane = lane_index();
+// tile, of which no other warp uses these columns. Rows from `end` on are not written. `c` becomes what the rounding left
+// out.
+template <class T, int DIM, int COLUMNS = DIM>
+DEVICE void store_rows(float (&c)[COLUMNS / 8][4], ptx::Address tile, int tile_row, uint16_t* matrix,
+                       int64_t row_stride, int first, int end, int first_column = 0) {
+  constexpr int CHUNKS = COLUMNS / 8;
+  const int lane = ptx::recompute(lane_index());  // in a loop, the addresses of all stores would wait in registers
+  const int first_chunk = first_column / 8;
   ptx::sync_warp();  // the lanes may still be reading those rows
 #pragma unroll
-  for (int n = 0; n < DIM / 8; n++)
+  for (int n = 0; n < CHUNKS; n++)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const uint32_t word = ptx::pack(T{}, c[n][2 * half], c[n][2 * half + 1]);
-      ptx::store_shared(tile + Swizzle<DIM>::offset(tile_row + lane / 4 + 8 * half, n) + lane % 4 * 4, word);
+      const uint32_t chunk = Swizzle<DIM>::offset(tile_row + lane / 4 + 8 * half, first_chunk + n);
+      ptx::store_shared(tile + chunk + lane % 4 * 4, word);
       c[n][2 * half] -= ptx::low(T{}, word);
       c[n][2 * half + 1] -= ptx::high(T{}, word);
     }
   ptx::sync_warp();
 #pragma unroll 2  // more would want registers that are not there
-  for (int i = lane; i < 16 * DIM / 8; i += 32) {
-    const int row = i / (DIM / 8), chunk = i % (DIM / 8);
+  for (int i = lane; i < 16 * CHUNKS; i += 32) {
+    const int row = i / CHUNKS, chunk = first_chunk + i % CHUNKS;
     const ptx::Words4 words = ptx::load_shared_16(tile + Swizzle<DIM>::offset(tile_row + row, chunk));
     ptx::store_global_16(matrix + (first + row) * row_stride + chunk * 8, words, first + row < end);
   }
@@ -160,8 +164,8 @@ DEVICE void store_rows(float (&c)[DIM / 8][4], ptx::Address tile, int tile_row, 
 
 // The spans of a block's rows wait in shared memory, where they cost no registers.
 DEVICE void store_span(ptx::Address spans, int row, Span span) {
-  ptx::store_shared(spans + row * 8, span.begin);
-  ptx::store_shared(spans + row * 8 + 4, span.end);
+  ptx::store_shared(spans + row * 8, static_cast<uint32_t>(span.begin));
+  ptx::store_shared(spans + row * 8 + 4, static_cast<uint32_t>(span.end));
 }
 template <int ROWS, int THREADS, class SpanOf>
 DEVICE void store_spans(ptx::Address spans, SpanOf span_of) {
