@@ -275,6 +275,7 @@ inline void reduce_add_global(float* address, float value, bool valid, SIMT_HERE
 
 using Status = int;
 constexpr Status SUCCESS = 0;
+inline const char* describe(Status) { return simt::machine.log.c_str(); }
 
 template <class Kernel, class Parameters>
 Status launch(Kernel kernel, int64_t blocks, int threads, int shared_bytes, Stream, const Parameters& p) {
