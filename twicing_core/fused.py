@@ -73,25 +73,30 @@ def attend(
     cu_seqlens: Tensor | None,
     dropout_p: float,
 ) -> Tensor:
-    """O = 2U - A @ U with U = A @ value, in O(seq) memory. See `twicing_attention`.
-
-    A head_dim between those of the CUDA kernels is filled up with zeros, which change neither A nor what is kept of O.
-    That is done here, where torch.compile can make it part of what produces the query: a copy of query, key and value,
-    and of the output's gradient; what the operator saves and returns is made at the kernels' head_dim and never copied.
-    """
+    """O = 2U - A @ U with U = A @ value, in O(seq) memory. See `twicing_attention`."""
     assert attn_mask is None and dropout_p == 0.0, "refused"
-    head_dim = query.shape[-1]
     kernel = preferences.forward_kernel(query, is_causal, _wants_gradients(query, key, value))
-    if query.device.type == "cpu" or head_dim in CUDA_HEAD_DIMS:
-        return _forward(query, key, value, cu_seqlens, is_causal, scale, kernel)
-    missing = next(size for size in CUDA_HEAD_DIMS if size > head_dim) - head_dim
-    query, key, value = (F.pad(tensor, (0, missing)) for tensor in (query, key, value))
-    return _forward(query, key, value, cu_seqlens, is_causal, scale, kernel)[..., :head_dim]
+    forward = _forward if query.device.type == "cpu" else _forward_of_padded_heads
+    return forward(query, key, value, cu_seqlens, is_causal, scale, kernel)
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
     output: Tensor = torch.ops.twicing.forward(query, key, value, *options)[0]
     return output
+
+
+def _forward_of_padded_heads(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
+    """Fills a head_dim between those of the CUDA kernels up with zeros, which change neither A nor what is kept of O.
+
+    Here and not in the operator, so that torch.compile can make it part of what produces the query. It costs a copy of
+    query, key, value and the output's gradient; all else the operator makes at the kernels' head_dim, and is not copied.
+    """
+    head_dim = query.shape[-1]
+    if head_dim in CUDA_HEAD_DIMS:
+        return _forward(query, key, value, *options)
+    missing = next(size for size in CUDA_HEAD_DIMS if size > head_dim) - head_dim
+    query, key, value = (F.pad(tensor, (0, missing)) for tensor in (query, key, value))
+    return _forward(query, key, value, *options)[..., :head_dim]
 
 
 def _wants_gradients(*tensors: Tensor) -> bool:

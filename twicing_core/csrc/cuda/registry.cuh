@@ -1,6 +1,7 @@
 // Which kernels there are. Every object compiled from kernels.cu enters its own when the library is loaded: what was
 // linked can be called, and to leave kernels out is to leave objects out.
 #pragma once
+#include <functional>
 #include <string_view>
 #include <vector>
 
@@ -17,7 +18,7 @@ struct Kernel {
   std::string_view name;  // as the operators' argument `kernel` has it
   Element element;
   int head_dim;
-  ptx::Status (*run)(const Params&, void* workspace, ptx::Stream);
+  std::function<ptx::Status(const Params&, void* workspace, ptx::Stream)> run;
   bool (*takes)(const Problem&) = [](const Problem&) { return true; };
   int64_t (*workspace_bytes)(const Problem&) = [](const Problem&) { return int64_t(0); };  // of scratch memory
 };
