@@ -122,14 +122,19 @@ def twicing_attention(
         "cu_seqlens": cu_seqlens,
         "dropout_p": dropout_p,
     }
-    chosen = _choose(backend, query, key, value, call)
+    _, chosen = choose(backend, query, key, value, call)
 
     if query.numel() == 0:
         return query.clone()  # no positions: kernels need not know of empty grids
     return chosen.attend(query, key, value, **call)
 
 
-def _choose(backend: str, query: Tensor, key: Tensor, value: Tensor, call: dict[str, Any]) -> Backend:
+def choose(backend: str, query: Tensor, key: Tensor, value: Tensor, call: dict[str, Any]) -> tuple[str, Backend]:
+    """Returns the backend for a call and its name, which is not "auto". `call`: what `Backend.attend` takes by name.
+
+    Raises:
+        ValueError: there is no such backend, or it cannot do the call.
+    """
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(['auto', *BACKENDS])}; got {backend!r}")
 
@@ -139,7 +144,7 @@ def _choose(backend: str, query: Tensor, key: Tensor, value: Tensor, call: dict[
     for name in BACKENDS if backend == "auto" else [backend]:
         reason = refusal(name, auto=backend == "auto")
         if reason is None:
-            return BACKENDS[name]
+            return name, BACKENDS[name]
     able = [name for name in BACKENDS if refusal(name) is None]
     raise ValueError(f"backend {backend!r} cannot do this call: {reason}; use {' or '.join(able)}")
 

@@ -68,6 +68,11 @@ def regime(seq: int, head_dim: int, is_causal: bool) -> str:
     return "causal" if is_causal else "full"
 
 
+def fits(kernel: str, seq: int, head_dim: int, is_causal: bool) -> bool:
+    """Whether a kernel does such calls; "long" does all."""
+    return kernel == "long"
+
+
 def preference_of(query: Tensor, is_causal: bool) -> Preference:
     """Returns what is preferred for a call with this query, (batch, heads, seq, head_dim) on a CUDA device."""
     name = regime(query.shape[2], query.shape[3], is_causal)
