@@ -6,7 +6,7 @@ call. `BACKENDS` lists them, the fastest first.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -33,9 +33,22 @@ class Backend(Protocol):
         """Returns O, shaped like `query`. `attn_mask` is 4-D, bool or in the dtype of `query`."""
 
     def refusal(
-        self, query: Tensor, *, attn_mask: Tensor | None, cu_seqlens: Tensor | None, dropout_p: float
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        is_causal: bool,
+        scale: float,
+        attn_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        dropout_p: float,
+        auto: bool,
     ) -> str | None:
-        """Returns why this backend cannot do the call, or None if it can."""
+        """Returns why this backend cannot do the call, or None if it can.
+
+        With `auto` the choice is ours: the reason may be that another backend is expected to be faster.
+        """
 
 
 BACKENDS: dict[str, Backend] = {"fused": fused, "composed": composed, "reference": reference}
@@ -79,9 +92,10 @@ def twicing_attention(
         enable_gqa: query head h uses key head ``h // (heads // key_heads)``.
         dropout_p: in [0, 1): probability of zeroing an entry of A, always applied if not 0; A @ A is made of the
             same dropped A. Only the backend "reference" takes it.
-        backend: "auto" takes the fastest that can do the call. "fused" is compiled kernels in O(seq) memory, built at
-            first use: on the CPU, of float32, bfloat16 and float16, without mask and dropout. "composed" is two calls
-            of torch's `scaled_dot_product_attention`, in O(seq) memory wherever torch has a fused kernel for the
+        backend: "auto" takes the one expected to be the fastest that can do the call. "fused" is compiled kernels in
+            O(seq) memory, built at first use, without mask and dropout: on the CPU of float32, bfloat16 and float16; on
+            CUDA of bfloat16 and float16, with gradients up to head_dim 128. "composed" is two calls of torch's
+            `scaled_dot_product_attention`, in O(seq) memory wherever torch has a fused kernel for the
             call. "reference" materialises A, in O(seq^2) memory.
 
     Returns:
@@ -101,35 +115,36 @@ def twicing_attention(
         attn_mask = attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(query.dtype)
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, query, attn_mask)
-    chosen = _choose(backend, query, attn_mask=attn_mask, cu_seqlens=cu_seqlens, dropout_p=dropout_p)
+    call: dict[str, Any] = {
+        "is_causal": is_causal,
+        "scale": query.shape[-1] ** -0.5 if scale is None else scale,
+        "attn_mask": attn_mask,
+        "cu_seqlens": cu_seqlens,
+        "dropout_p": dropout_p,
+    }
+    _, chosen = choose(backend, query, key, value, call)
 
     if query.numel() == 0:
         return query.clone()  # no positions: kernels need not know of empty grids
-    return chosen.attend(
-        query,
-        key,
-        value,
-        is_causal=is_causal,
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
-        attn_mask=attn_mask,
-        cu_seqlens=cu_seqlens,
-        dropout_p=dropout_p,
-    )
+    return chosen.attend(query, key, value, **call)
 
 
-def _choose(
-    backend: str, query: Tensor, *, attn_mask: Tensor | None, cu_seqlens: Tensor | None, dropout_p: float
-) -> Backend:
+def choose(backend: str, query: Tensor, key: Tensor, value: Tensor, call: dict[str, Any]) -> tuple[str, Backend]:
+    """Returns the backend for a call and its name, which is not "auto". `call`: what `Backend.attend` takes by name.
+
+    Raises:
+        ValueError: there is no such backend, or it cannot do the call.
+    """
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(['auto', *BACKENDS])}; got {backend!r}")
 
-    def refusal(name: str) -> str | None:
-        return BACKENDS[name].refusal(query, attn_mask=attn_mask, cu_seqlens=cu_seqlens, dropout_p=dropout_p)
+    def refusal(name: str, auto: bool = False) -> str | None:
+        return BACKENDS[name].refusal(query, key, value, **call, auto=auto)
 
     for name in BACKENDS if backend == "auto" else [backend]:
-        reason = refusal(name)
+        reason = refusal(name, auto=backend == "auto")
         if reason is None:
-            return BACKENDS[name]
+            return name, BACKENDS[name]
     able = [name for name in BACKENDS if refusal(name) is None]
     raise ValueError(f"backend {backend!r} cannot do this call: {reason}; use {' or '.join(able)}")
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from twicing_core.attention import twicing_attention
 
@@ -48,6 +49,16 @@ SHAPES = {
     "8k": Shape(1, 2, 8192, 64, True),
     "2k-full": Shape(1, 4, 2048, 64, False),
 }
+CUDA_SHAPES = {
+    "vit-base": Shape(64, 12, 197, 64, False),
+    "wikitext": Shape(64, 8, 256, 16, True),
+    "gpt2": Shape(16, 12, 1024, 64, True),
+    "2k": Shape(8, 16, 2048, 128, True),
+    "8k": Shape(2, 16, 8192, 128, True),
+    "2k-full": Shape(8, 16, 2048, 128, False),
+    "8k-full": Shape(2, 16, 8192, 64, False),
+}
+CUDA_REPEATS = 10  # steps a sample: launches are asynchronous, and waiting after each would be measured too
 LONGEST_MATERIALISED = 1024  # A of a head is seq x seq, and autograd keeps several of them
 
 
@@ -76,6 +87,16 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) 
     return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
 
 
+def _by(backend: SDPBackend, attention: Attention) -> Attention:
+    """The same, with one of torch's kernels."""
+
+    def attend(*args: Tensor, **options: Any) -> Tensor:
+        with sdpa_kernel(backend):
+            return attention(*args, **options)
+
+    return attend
+
+
 CANDIDATES: dict[str, Attention] = {
     "fused": partial(twicing_attention, backend="fused"),
     "composed": partial(twicing_attention, backend="composed"),
@@ -83,6 +104,12 @@ CANDIDATES: dict[str, Attention] = {
     "2A-AA": a_squared,
     "A(V-AV)": residual,
     "one SDPA": plain_attention,
+}
+CUDA_CANDIDATES: dict[str, Attention] = CANDIDATES | {
+    "2 flash": _by(SDPBackend.FLASH_ATTENTION, CANDIDATES["composed"]),
+    "2 cuDNN": _by(SDPBackend.CUDNN_ATTENTION, CANDIDATES["composed"]),
+    "one flash": _by(SDPBackend.FLASH_ATTENTION, plain_attention),
+    "one cuDNN": _by(SDPBackend.CUDNN_ATTENTION, plain_attention),
 }
 MATERIALISED = ("reference", "2A-AA", "A(V-AV)")
 
@@ -97,7 +124,7 @@ class Timing(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="NAME", help=f"{[*SHAPES]}"
+        "--shapes", nargs="+", metavar="NAME", help=f"CPU: {', '.join(SHAPES)}; CUDA: {', '.join(CUDA_SHAPES)}"
     )
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -106,11 +133,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-memory", action="store_true", help="skip the peak memory, which takes a process a candidate"
     )
+    parser.add_argument(
+        "--save-preferences",
+        action="store_true",
+        help="time the CUDA kernels, and let auto take the fastest from now on",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the ratios; needs matplotlib")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.save_preferences:
+        from twicing_core import measure_preferences
+
+        return measure_preferences.run(arguments)
+    shapes = SHAPES if arguments.device == "cpu" else CUDA_SHAPES
+    if unknown := set(arguments.shapes or ()) - set(shapes):
+        sys.exit(f"--shapes {' '.join(unknown)}: on {arguments.device} there are {', '.join(shapes)}")
     torch.set_num_threads(arguments.threads)
     dtype = getattr(torch, arguments.dtype)
     peak = gemm_peak(dtype, arguments.device)
@@ -120,8 +159,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     print(f"GEMM peak {peak / 1e12:.2f} TFLOP/s; load average {load:.1f}{' - NOT IDLE' if load > 0.5 else ''}\n")
     results = []
-    for name in arguments.shapes:
-        shape = SHAPES[name]
+    for name in arguments.shapes or shapes:
+        shape = shapes[name]
         for backward in (False, True):
             timings = measure(shape, dtype, arguments.device, backward, arguments.rounds, not arguments.no_memory)
             print_table(shape, backward, timings, peak)
@@ -141,26 +180,36 @@ def run(arguments: argparse.Namespace) -> int:
 def measure(
     shape: Shape, dtype: torch.dtype, device: str, backward: bool, rounds: int, memory: bool
 ) -> dict[str, Timing]:
-    """Times all candidates that can do the shape, in interleaved rounds."""
-    candidates = {
-        name: attention
-        for name, attention in CANDIDATES.items()
+    """Times all candidates that can do the shape, in interleaved rounds; says which cannot."""
+    steps = {
+        name: _step(attention, shape, dtype, device, backward)
+        for name, attention in (CANDIDATES if device == "cpu" else CUDA_CANDIDATES).items()
         if shape.seq <= LONGEST_MATERIALISED or name not in MATERIALISED
     }
-    steps = {name: _step(attention, shape, dtype, device, backward) for name, attention in candidates.items()}
+    for name, step in list(steps.items()):
+        try:
+            step()
+            step()
+        except (RuntimeError, ValueError) as error:
+            print(f"{shape}: {name} cannot: {str(error).partition(chr(10))[0]}")
+            del steps[name]
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        step()
-        step()
     for _ in range(rounds):
         for name, step in steps.items():
-            _synchronise(device)
-            start = time.perf_counter()
-            step()
-            _synchronise(device)
-            times[name].append(time.perf_counter() - start)
+            times[name].append(seconds(step, device))
     peaks = {name: peak_memory(name, shape, dtype, device, backward) if memory else None for name in steps}
     return {name: Timing(*_median_and_spread(samples), peaks[name]) for name, samples in times.items()}
+
+
+def seconds(step: Callable[[], object], device: str) -> float:
+    """How long a step takes."""
+    repeats = 1 if device == "cpu" else CUDA_REPEATS
+    _synchronise(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    _synchronise(device)
+    return (time.perf_counter() - start) / repeats
 
 
 def _step(attention: Attention, shape: Shape, dtype: torch.dtype, device: str, backward: bool) -> Callable[[], None]:
@@ -188,7 +237,7 @@ def _median_and_spread(samples: list[float]) -> tuple[float, float]:
 def peak_memory(name: str, shape: Shape, dtype: torch.dtype, device: str, backward: bool) -> int | None:
     """Bytes that one step adds to the peak; on the CPU, of the resident set of a process of its own (Linux)."""
     if device == "cuda":
-        step = _step(CANDIDATES[name], shape, dtype, device, backward)
+        step = _step(CUDA_CANDIDATES[name], shape, dtype, device, backward)
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         step()
@@ -237,12 +286,13 @@ def gemm_peak(dtype: torch.dtype, device: str) -> float:
 
 
 def print_table(shape: Shape, backward: bool, timings: dict[str, Timing], peak: float) -> None:
-    """One line a candidate: its time over that of "fused", then milliseconds, spread, memory, share of the peak."""
+    """One line a candidate: its time over that of "fused" (or else the first), then milliseconds, spread, memory, speed."""
     print(f"{shape}, {'forward + backward' if backward else 'forward'}")
-    flops, fused = minimal_flops(shape, backward), timings["fused"].median
+    flops, fused = minimal_flops(shape, backward), next(iter(timings.values())).median
     for name, timing in timings.items():
         memory = "" if timing.peak_bytes is None else f"{timing.peak_bytes / 2**20:8.1f} MiB"
-        share = "" if name == "one SDPA" else f"{flops / timing.median / peak:6.1%} of peak"
+        rate = flops / timing.median
+        share = "" if name.startswith("one ") else f"{rate / 1e12:7.2f} TFLOP/s, {rate / peak:6.1%} of peak"
         milliseconds = f"{timing.median * 1e3:9.2f} ms ±{timing.spread:4.0%}"
         print(f"  {timing.median / fused:6.2f}x  {name:10s}{milliseconds}  {memory}  {share}")
     print(flush=True)

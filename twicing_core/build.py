@@ -1,4 +1,4 @@
-"""Compiles the CPU kernels, at their first use or by `python -m twicing_core.build`.
+"""Compiles the CPU kernels, at their first use or by `python -m twicing_core.build` (those for CUDA: `build_cuda`).
 
 The library goes to a cache directory, ``$TWICING_CACHE`` or ``~/.cache/twicing``, under a name made of everything that
 it depends on. So a home directory shared by different machines, or by several versions of torch, is no trouble: code
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def unavailable() -> str | None:
 
     The first call of a process may take a minute. What failed is tried again by the next process only.
     """
-    if os.environ.get("TWICING_DISABLE_FUSED", "0") not in ("", "0"):
+    if disabled():
         return "TWICING_DISABLE_FUSED is set"
     try:
         torch.ops.load_library(library())
@@ -56,23 +57,51 @@ def library() -> Path:
         raise BuildError(f"no C++ compiler {os.environ.get('CXX', 'g++')!r} found; install g++ or set CXX")
     command = [compiler, *_flags()]
     path = cache_directory() / f"cpu-{_fingerprint(command)}.so"
+    make_once(path, lambda: _compile(command, path))
+    return path
+
+
+def disabled() -> bool:
+    """Whether the user wants no compiled kernels."""
+    return os.environ.get("TWICING_DISABLE_FUSED", "0") not in ("", "0")
+
+
+def cache_directory() -> Path:
+    """Where compiled libraries are kept, and what was measured of this machine's devices."""
+    chosen = os.environ.get("TWICING_CACHE")
+    return Path(chosen) if chosen else Path.home() / ".cache" / "twicing"
+
+
+def make_once(path: Path, make: Callable[[], None]) -> None:
+    """Calls `make`, which must leave a file at `path`, unless it is there; of many processes, one does.
+
+    Raises:
+        BuildError: the cache directory is not writable, or what `make` raises.
+    """
     if path.exists():
-        return path
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # freed when the file is closed, also by the end of the process
             if not path.exists():
-                _compile(command, path)
+                make()
     except OSError as error:
         raise BuildError(f"the cache directory {path.parent} cannot be used: {error.strerror}") from error
-    return path
 
 
-def cache_directory() -> Path:
-    """Where compiled libraries are kept."""
-    chosen = os.environ.get("TWICING_CACHE")
-    return Path(chosen) if chosen else Path.home() / ".cache" / "twicing"
+def run_compiler(command: list[str], log: Path) -> None:
+    """Runs a compiler; if it fails, all it said goes to `log`.
+
+    Raises:
+        BuildError: it failed; the message quotes its first error.
+    """
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        said = done.stderr or done.stdout
+        log.write_text(" ".join(command) + "\n" + said)
+        first_error = next((line for line in said.splitlines() if "error" in line), said.strip()[:200])
+        raise BuildError(f"{command[0]} failed: {first_error}; all of it in {log}")
 
 
 def _flags() -> list[str]:
@@ -105,29 +134,26 @@ def _processor() -> str:
 def _compile(command: list[str], path: Path) -> None:
     """Compiles aside and renames, so that nobody ever sees half a library."""
     aside = path.with_suffix(f".{os.getpid()}")
-    done = subprocess.run(
-        [command[0], str(SOURCES / "library.cpp"), *command[1:], "-o", str(aside)],
-        capture_output=True,
-        text=True,
-        check=False,
+    run_compiler(
+        [command[0], str(SOURCES / "library.cpp"), *command[1:], "-o", str(aside)], log=path.with_suffix(".log")
     )
-    if done.returncode != 0:
-        log = path.with_suffix(".log")
-        log.write_text(" ".join(done.args) + "\n" + done.stderr)
-        first_error = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
-        raise BuildError(f"{command[0]} failed: {first_error}; all of it in {log}")
     os.replace(aside, path)
 
 
 def main() -> int:
-    """Compiles, and reports how it went; not an error without a compiler, since everything runs without, slower."""
+    """Compiles what this machine has compilers and devices for, and says how it went.
+
+    Not an error without, since everything runs without, slower.
+    """
+    from twicing_core import build_cuda
+
     started = time.monotonic()
     try:
         path = library()
+        print(f"twicing_core: CPU kernels in {path} ({time.monotonic() - started:.0f} s)")
     except BuildError as error:
         print(f"twicing_core: no fused CPU kernels ({error}); torch's attention will be used instead")
-        return 0
-    print(f"twicing_core: CPU kernels in {path} ({time.monotonic() - started:.0f} s)")
+    print(f"twicing_core: {build_cuda.build_if_wanted()}")
     return 0
 
 

@@ -10,7 +10,18 @@ from torch.nn import functional as F
 from twicing_core.packing import attend_packed
 
 
-def refusal(query: Tensor, *, attn_mask: Tensor | None, cu_seqlens: Tensor | None, dropout_p: float) -> str | None:
+def refusal(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    is_causal: bool,
+    scale: float,
+    attn_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dropout_p: float,
+    auto: bool,
+) -> str | None:
     """Returns why this backend cannot do the call, or None if it can."""
     if dropout_p > 0.0:
         return f"dropout_p={dropout_p} must drop the same entries of A in both products"

@@ -6,11 +6,12 @@ import argparse
 import os
 import platform
 import shutil
+from typing import Any
 
 import torch
 
-from twicing_core import build
-from twicing_core.attention import BACKENDS
+from twicing_core import build, build_cuda, preferences
+from twicing_core.attention import BACKENDS, Backend
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("BATCH", "HEADS", "SEQ", "HEAD_DIM"),
         help="the call to choose a backend for (default: %(default)s)",
     )
+    parser.add_argument("--causal", action="store_true", help="that call is causal")
     parser.add_argument("--dropout", type=float, default=0.0, help="dropout_p of that call")
     parser.add_argument("--mask", action="store_true", help="that call has an attn_mask")
 
@@ -33,6 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     for device in devices:
         for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
             _print_choice(torch.empty(arguments.shape, dtype=dtype, device=device), arguments)
+    _print_preferences(arguments)
     return 0
 
 
@@ -46,20 +49,48 @@ def _print_machine() -> None:
     if unavailable is None:
         bfloat16 = "bfloat16 (AMX)" if _multiplies_bfloat16() else "float32 (no AMX)"
         print(f"  products     of bfloat16 in {bfloat16}, of float16 and float32 in float32")
-    print(f"CUDA           {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no device'}")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"CUDA           {', '.join(devices) or 'no device'}")
+    print(f"nvcc           {build_cuda.nvcc() or 'not found; install the CUDA toolkit, or set CUDA_HOME'}")
+    print(f"CUDA kernels   {build_cuda.find() or 'not compiled: python -m twicing_core.build, or their first use'}")
 
 
 def _print_choice(query: torch.Tensor, arguments: argparse.Namespace) -> None:
     mask = torch.ones(1, 1, dtype=torch.bool, device=query.device) if arguments.mask else None
+    call: dict[str, Any] = {
+        "is_causal": arguments.causal,
+        "scale": query.shape[-1] ** -0.5,
+        "attn_mask": mask,
+        "cu_seqlens": None,
+    }
     print(f"{query.device.type} {_name(query.dtype)}")
     chosen = False
     for name, backend in BACKENDS.items():
-        reason = backend.refusal(query, attn_mask=mask, cu_seqlens=None, dropout_p=arguments.dropout)
-        if reason is not None:
+
+        def refusal(auto: bool, backend: Backend = backend) -> str | None:
+            return backend.refusal(query, query, query, **call, dropout_p=arguments.dropout, auto=auto)
+
+        if reason := refusal(auto=False):
             print(f"    {name:10s} no: {reason}")
+        elif reason := refusal(auto=True):
+            print(f"    {name:10s} yes, but auto does not: {reason}")
         else:
             print(f"    {name:10s} {'yes' if chosen else 'yes: auto takes it'}")
             chosen = True
+
+
+def _print_preferences(arguments: argparse.Namespace) -> None:
+    """What auto would take on GPUs that may not be here, where the kernels can do the call at all."""
+    _, _, seq, head_dim = arguments.shape
+    regime = preferences.regime(seq, head_dim, arguments.causal)
+    print(f"\nauto with CUDA kernels for this shape (regime {regime!r}, {preferences.path()} before the guesses)")
+    measured = [(device, regimes[regime]) for device, regimes in preferences.load().items() if regime in regimes]
+    guessed = [(f"sm_{major}x", preferences.guess((major, 0))[regime]) for major in preferences.GUESSES]
+    for device, chosen in measured + guessed:
+        print(
+            f"    {device:10s} inference: {chosen.inference}; training: {chosen.training}, {chosen.backward} backward"
+        )
+        print(f"    {'':10s} {chosen.reason}")
 
 
 def _multiplies_bfloat16() -> bool:

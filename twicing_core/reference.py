@@ -9,7 +9,18 @@ from torch.nn import functional as F
 from twicing_core.packing import document_mask
 
 
-def refusal(query: Tensor, *, attn_mask: Tensor | None, cu_seqlens: Tensor | None, dropout_p: float) -> str | None:
+def refusal(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    is_causal: bool,
+    scale: float,
+    attn_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dropout_p: float,
+    auto: bool,
+) -> str | None:
     """Returns None: any call will do."""
     return None
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from twicing_core import bench, doctor
+from twicing_core import bench, doctor, measure_preferences
 
 
 @pytest.fixture
@@ -107,6 +107,53 @@ def test_plot_needs_matplotlib_only_when_asked(tmp_path):
     ]
     bench.plot(results, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_an_unknown_shape_is_named(parse):
+    with pytest.raises(SystemExit, match="--shapes gpt2: on cpu there are vit-tiny, "):
+        bench.run(parse(bench, "--shapes", "gpt2"))
+
+
+def test_what_cannot_is_left_out(monkeypatch, capsys):
+    def cannot(*args, **options):
+        raise RuntimeError("No available kernel. Aborting execution.\nmore")
+
+    monkeypatch.setattr(bench, "CANDIDATES", {"no": cannot, "one SDPA": bench.plain_attention})
+    timings = bench.measure(bench.Shape(1, 1, 8, 8, True), torch.float32, "cpu", False, 1, False)
+    assert (
+        list(timings) == ["one SDPA"]
+        and "no cannot: No available kernel. Aborting execution.\n" in capsys.readouterr().out
+    )
+
+
+def test_preferences_are_the_fastest_of_what_was_measured(monkeypatch):
+    monkeypatch.setattr(measure_preferences.preferences, "KERNELS", ("long", "wavefront"))
+    times = {"composed forward": 5, "composed training": 20, "long forward": 4, "long backward": 9}
+    times |= {"wavefront forward": 6, "wavefront backward": 8}
+    assert measure_preferences.fastest(times)[:3] == ("long", "long", "wavefront")
+    assert measure_preferences.fastest(times | {"composed forward": 3})[:3] == ("composed", "long", "wavefront")
+    assert measure_preferences.fastest(times | {"composed training": 11})[:3] == ("long", "composed", "composed")
+
+
+def test_preferences_measure_every_kernel_that_fits():
+    """On the CPU's kernel, as if it were CUDA's."""
+    times = measure_preferences.measure(bench.Shape(1, 2, 40, 16, True), "cpu", 2)
+    assert set(times) >= {"composed forward", "composed training", "long forward", "long backward"}
+    assert all(time > 0 for time in times.values())
+
+
+def test_preferences_need_a_gpu(monkeypatch, parse):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="it needs a GPU, and --device cuda"):
+        bench.run(parse(bench, "--save-preferences", "--device", "cuda"))
+
+
+def test_doctor_says_what_auto_would_take_on_gpus(capsys, monkeypatch, parse):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    doctor.run(parse(doctor, "--shape", "1", "8", "4096", "64", "--causal"))
+    lines = capsys.readouterr().out.splitlines()
+    hopper = next(line for line in lines if line.strip().startswith("sm_9x"))
+    assert hopper.endswith("inference: composed; training: long, long backward")
 
 
 def test_minimal_flops():

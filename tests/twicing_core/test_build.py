@@ -128,8 +128,8 @@ for threads, dtype, is_causal in itertools.product((1, 4), (torch.float32, torch
         for cu_seqlens in (None, torch.tensor([0, seq // 3, seq // 3, seq], dtype=torch.int32)):
             q, g = torch.randn(2, 1, 2, seq, head_dim).to(dtype)
             k, v = torch.randn(2, 1, key_heads, seq, head_dim).to(dtype)
-            saved = torch.ops.twicing.forward(q, k, v, cu_seqlens, bool(is_causal), 0.3)
-            torch.ops.twicing.backward(g, q, k, v, *saved, cu_seqlens, bool(is_causal), 0.3)
+            saved = torch.ops.twicing.forward(q, k, v, cu_seqlens, bool(is_causal), 0.3, "")
+            torch.ops.twicing.backward(g, q, k, v, *saved, cu_seqlens, bool(is_causal), 0.3, "", False)
 print("clean")
 """
 

@@ -159,9 +159,9 @@ def test_opcheck(make_qkv, call):
     is_causal, cu_seqlens = options.pop("is_causal"), options.pop("cu_seqlens")
     qkv = make_qkv(**options)
     forward, backward = torch.ops.twicing.forward.default, torch.ops.twicing.backward.default
-    torch.library.opcheck(forward, (*qkv, cu_seqlens, is_causal, 0.3))
-    saved = [tensor.detach() for tensor in (*qkv, *forward(*qkv, cu_seqlens, is_causal, 0.3))]
-    torch.library.opcheck(backward, (torch.randn_like(saved[0]), *saved, cu_seqlens, is_causal, 0.3))
+    torch.library.opcheck(forward, (*qkv, cu_seqlens, is_causal, 0.3, ""))
+    saved = [tensor.detach() for tensor in (*qkv, *forward(*qkv, cu_seqlens, is_causal, 0.3, ""))]
+    torch.library.opcheck(backward, (torch.randn_like(saved[0]), *saved, cu_seqlens, is_causal, 0.3, "", False))
 
 
 def test_saves_no_more_than_documented(make_qkv):

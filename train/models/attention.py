@@ -6,6 +6,7 @@ And what `auto` means for a model.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from train.config import LanguageModelConfig, VisionModelConfig
 from twicing_core import TwicingAttention
-from twicing_core.attention import BACKENDS
+from twicing_core.attention import choose
 from twicing_core.packing import attend_packed
 
 
@@ -35,10 +36,12 @@ def backend_in_use(model: LanguageModelConfig | VisionModelConfig, device: torch
     if model.attention_backend != "auto":
         return model.attention_backend
     with FakeTensorMode():
-        query = torch.empty(1, model.heads, 1, model.width // model.heads, dtype=dtype, device=device)
-    able = [
-        name
-        for name, backend in BACKENDS.items()
-        if backend.refusal(query, attn_mask=None, cu_seqlens=None, dropout_p=0.0) is None
-    ]
-    return able[0]
+        call: dict[str, Any] = {"scale": 1.0, "attn_mask": None, "dropout_p": 0.0}
+        if isinstance(model, LanguageModelConfig):  # whose rows are packed
+            seq = model.sequence_length
+            call |= {"is_causal": True, "cu_seqlens": torch.empty(2, dtype=torch.int32, device=device)}
+        else:
+            seq = (model.image_size // model.patch_size) ** 2 + 1
+            call |= {"is_causal": False, "cu_seqlens": None}
+        query = torch.empty(1, model.heads, seq, model.width // model.heads, dtype=dtype, device=device)
+        return choose("auto", query.requires_grad_(), query, query, call)[0]

@@ -300,6 +300,7 @@ inline void store_release(int* address, int value, SIMT_HERE) { simt::store_rele
 
 using Status = int;
 constexpr Status SUCCESS = 0;
+inline const char* describe(Status) { return simt::machine.log.c_str(); }
 
 template <class Kernel, class Parameters>
 Status launch(Kernel kernel, int64_t blocks, int threads, int shared_bytes, Stream, const Parameters& p) {

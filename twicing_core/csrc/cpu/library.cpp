@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <optional>
+#include <string_view>
 #include <tuple>
 #include <vector>
 
@@ -90,7 +91,8 @@ void dispatch(at::ScalarType dtype, const F& f) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& query_, const Tensor& key_, const Tensor& value_,
-                                           const std::optional<Tensor>& cu_seqlens, bool is_causal, double scale) {
+                                           const std::optional<Tensor>& cu_seqlens, bool is_causal, double scale,
+                                           std::string_view /*kernel: there is one*/) {
   const Tensor query = with_unit_stride(query_), key = with_unit_stride(key_), value = with_unit_stride(value_);
   const int64_t heads = query.size(1), seq = query.size(2), group = heads / key.size(1);
   Tensor output = empty_by_position(query, heads, query.scalar_type());
@@ -116,7 +118,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& query_, const Tensor& k
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output_, const Tensor& query_, const Tensor& key_,
                                             const Tensor& value_, const Tensor& output_, const Tensor& u_,
                                             const Tensor& lse_, const std::optional<Tensor>& cu_seqlens,
-                                            bool is_causal, double scale) {
+                                            bool is_causal, double scale, std::string_view /*kernel: there is one*/,
+                                            bool /*deterministic: always*/) {
   const Tensor query = with_unit_stride(query_), key = with_unit_stride(key_), value = with_unit_stride(value_);
   const Tensor grad_output = with_unit_stride(grad_output_), output = with_unit_stride(output_);
   const Tensor u = with_unit_stride(u_), lse = lse_.contiguous();

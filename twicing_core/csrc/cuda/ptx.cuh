@@ -196,6 +196,7 @@ inline cudaError_t fill_zero(void* address, size_t bytes, Stream stream) {
 }
 using Status = cudaError_t;
 constexpr Status SUCCESS = cudaSuccess;
+inline const char* describe(Status status) { return cudaGetErrorString(status); }
 
 }  // namespace ptx
 #endif
