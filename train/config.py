@@ -112,6 +112,9 @@ class TrainConfig:
     precision: str = "auto"  # auto | bf16 | fp16 | fp32
     label_smoothing: float = 0.0
     activation_checkpointing: int = 0  # recompute every k-th layer in the backward pass; 1 is all, 0 is off
+    hang_seconds: int = (
+        120  # a rank that gets no further for so long dumps its stacks and ends (start, save, load: 10 times)
+    )
     planned_world_size: int = 1  # ranks a recipe is meant for; `--dry-run` plans with it
 
 
@@ -180,6 +183,17 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> AnyConf
     """
     from train.validation import validate  # imported late: it needs the classes above
 
+    config = read_config(path, overrides)
+    validate(config)
+    return config
+
+
+def read_config(path: str | Path, overrides: list[str] | None = None) -> AnyConfig:
+    """`load_config` without the check that values are possible, which needs torch.
+
+    Raises:
+        ValueError: a missing or unreadable file, an unknown key, a wrong type, a missing value.
+    """
     path, overrides = Path(path), list(overrides or [])
     if not path.is_file():
         raise ValueError(f"config file {path} does not exist")
@@ -193,11 +207,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> AnyConf
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise ValueError(f"{path}: no value for {', '.join(missing)}")
-        config = cast(AnyConfig, OmegaConf.to_object(merged))
+        return cast(AnyConfig, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise ValueError(f"{' '.join([str(path), *overrides])}: {_explain(error)}") from None
-    validate(config)
-    return config
 
 
 def _read(path: Path) -> DictConfig | ListConfig:

@@ -24,6 +24,7 @@ from train.monitor import Monitor, StepRecord
 from train.schedule import learning_rate
 from train.signals import StopRequest
 from train.tasks import Batch, Task, targets
+from train.watchdog import Watchdog
 
 
 class TrainingError(RuntimeError):
@@ -33,7 +34,7 @@ class TrainingError(RuntimeError):
 @dataclass(frozen=True)
 class Outcome:
     step: int
-    stopped_by: str | None  # the name of a signal; None when the asked-for step was reached
+    stopped_by: str | None  # a signal or the stop file; None when the asked-for step was reached
 
 
 class Trainer:
@@ -49,6 +50,7 @@ class Trainer:
         checkpoints: Checkpoints,
         monitor: Monitor | None,
         stop: StopRequest,
+        watchdog: Watchdog,
     ) -> None:
         self._config = config
         self._ranks = ranks
@@ -58,6 +60,7 @@ class Trainer:
         self._checkpoints = checkpoints
         self._monitor = monitor
         self._stop = stop
+        self._watchdog = watchdog
         self._micro_batches = engines.gradient_accumulation_steps(config, ranks.world_size)
         self._saved_step = 0
         self._save_seconds = 0.0  # that the save under way has held up training
@@ -73,6 +76,7 @@ class Trainer:
         self._saved_step = step
         batches = self._data.train_batches(first_n=step * config.train.global_batch_size)
         while step < last_step:
+            self._watchdog.beat(slow=step == first_step - 1)  # the first step may compile kernels
             record = self._train_step(step + 1, batches)
             if record is None:
                 return self._stopped(step)
@@ -97,7 +101,7 @@ class Trainer:
                 [
                     sum(targets(batch, self._task.units_per_sample) for batch in micro_batches),
                     _wrap(sum(sample_hash(batch["sample_ids"].numpy()) for batch in micro_batches)),
-                    int(self._stop.name is not None),
+                    int(self._stop.reason is not None),
                     int(bad_sample is not None),
                     int(self._checkpoints.is_written()),
                 ]
@@ -158,12 +162,14 @@ class Trainer:
         self._engine.eval()
         sums, first_batch = None, None
         for host_batch in self._data.validation_batches():
+            self._watchdog.beat()
             batch = self._to_device(host_batch)
             first_batch = first_batch or batch
             batch_sums = self._task.validation_sums(self._engine, batch)
             sums = batch_sums if sums is None else sums + batch_sums
         assert sums is not None and first_batch is not None, "the data set's check lets no empty validation set through"
         metrics = self._task.validation_metrics(self._ranks.sum_floats(sums))
+        self._watchdog.beat(slow=True)
         # All ranks make the example, since under ZeRO-3 no rank can run the model alone.
         example = self._task.example(self._engine.module, first_batch)
         if self._monitor:
@@ -173,13 +179,15 @@ class Trainer:
         return metrics
 
     def _stopped(self, step: int) -> Outcome:
-        names = [name for name in self._ranks.gather(self._stop.name) if name]
+        reasons = [reason for reason in self._ranks.gather(self._stop.reason) if reason]
         if step > self._saved_step:
             self._save(step)
         self._finish_save()
-        return Outcome(step, names[0])
+        self._stop.done()
+        return Outcome(step, reasons[0])
 
     def _save(self, step: int) -> None:
+        self._watchdog.beat(slow=True)
         state = State(
             step=step,
             samples=step * self._config.train.global_batch_size,

@@ -49,6 +49,7 @@ AT_LEAST_1 = (
     "train.global_batch_size",
     "train.micro_batch_size",
     "train.planned_world_size",
+    "train.hang_seconds",
     "checkpoint.every_steps",
     "checkpoint.keep",
     "monitor.every_steps",
