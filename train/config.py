@@ -112,6 +112,11 @@ class TrainConfig:
     precision: str = "auto"  # auto | bf16 | fp16 | fp32
     label_smoothing: float = 0.0
     activation_checkpointing: int = 0  # recompute every k-th layer in the backward pass; 1 is all, 0 is off
+    max_skipped_steps: int = 10  # of the last 100: loss or gradient not finite, or a spike; one more stops the run
+    on_loss_spike: str = (
+        "ignore"  # ignore | skip (the step changes nothing) | roll_back (to the newest checkpoint's weights)
+    )
+    spike_z_score: float = 6.0  # a spike is so many standard deviations above the mean of the last 100 losses
     hang_seconds: int = (
         120  # a rank that gets no further for so long dumps its stacks and ends (start, save, load: 10 times)
     )
@@ -194,6 +199,8 @@ def read_config(path: str | Path, overrides: list[str] | None = None) -> AnyConf
     Raises:
         ValueError: a missing or unreadable file, an unknown key, a wrong type, a missing value.
     """
+    # Its values would be written into the run's directory: secrets stay in the environment.
+    OmegaConf.clear_resolver("oc.env")
     path, overrides = Path(path), list(overrides or [])
     if not path.is_file():
         raise ValueError(f"config file {path} does not exist")

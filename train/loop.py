@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from train import engine as engines
+from train.bad_steps import WINDOW, BadSteps
 from train.checkpoint import Checkpoints, State
 from train.config import AnyConfig, flatten
 from train.data.order import sample_hash
@@ -64,12 +65,13 @@ class Trainer:
         self._micro_batches = engines.gradient_accumulation_steps(config, ranks.world_size)
         self._saved_step = 0
         self._save_seconds = 0.0  # that the save under way has held up training
+        self._bad_steps = BadSteps(config.train, ranks.broadcast(monitor.last_steps(WINDOW) if monitor else None))
 
     def run(self, first_step: int, last_step: int) -> Outcome:
         """Trains steps `first_step` to `last_step`, 1-based and inclusive.
 
         Raises:
-            TrainingError: the loss is not finite.
+            TrainingError: too many steps had to be skipped; a sample is bad.
             CheckpointError: a checkpoint can't be written.
         """
         config, step = self._config, first_step - 1
@@ -83,10 +85,12 @@ class Trainer:
             step += 1
             if self._monitor:
                 self._monitor.step(record)
+            self._heed_skipped(record)
             if step == config.train.steps or _is_due(step, config.evaluate.every_steps):
                 self.validate(step)
             if step == last_step or _is_due(step, config.checkpoint.every_steps):
                 self._save(step)
+        self._watchdog.beat(slow=True)
         self._finish_save()
         return Outcome(step, None)
 
@@ -128,15 +132,12 @@ class Trainer:
                     engine.step()  # only counts the micro-batch
         with self._clock(seconds, "optimizer", step):
             loss = (self._ranks.sum_floats(loss_sum) / target_count).item()
-            if not math.isfinite(loss):
-                # Before the optimizer could spread it into the weights.
-                raise TrainingError(
-                    f"the loss of step {step} is {loss}: start again from the last checkpoint with a lower optimizer.lr, "
-                    "a longer schedule.warmup_steps or train.precision=fp32"
-                )
+            problem = self._bad_steps.problem(loss)
             rate = learning_rate(step, config)
             engines.set_learning_rate(engine, rate)
-            engine.step()
+            updated = engines.take_step(engine, update=problem is None)
+            if not updated and not engine.fp16_enabled():  # fp16's search for a loss scale skips steps, too
+                problem = problem or "its gradient is not finite"
         return StepRecord(
             step=step,
             samples=step * config.train.global_batch_size,
@@ -147,7 +148,26 @@ class Trainer:
             units=config.train.global_batch_size * self._task.units_per_sample,
             seconds=seconds,
             loss_scale=engine.loss_scale() if engine.fp16_enabled() else None,
+            skipped=problem,
         )
+
+    def _heed_skipped(self, record: StepRecord) -> None:
+        """After a step: stops the run where too many were skipped; takes the weights back after a spike, if told to."""
+        self._bad_steps.note(record.loss, record.skipped)
+        reason = self._bad_steps.too_many()
+        if reason:
+            raise TrainingError(
+                f"step {record.step}: {reason}. Start again from the last checkpoint with a lower optimizer.lr, a longer "
+                "schedule.warmup_steps or train.precision=fp32, or raise train.max_skipped_steps"
+            )
+        roll_back = self._config.train.on_loss_spike == "roll_back" and math.isfinite(record.loss)
+        if record.skipped and roll_back and self._checkpoints.steps():
+            self._watchdog.beat(slow=True)
+            self._finish_save()
+            state = self._checkpoints.load_newest(self._engine)
+            assert state is not None
+            if self._monitor:
+                self._monitor.say(f"step {record.step}  rolled back to the weights of step {state.step}")
 
     def _next_micro_batches(self, batches: Iterator[Batch]) -> tuple[list[Batch], str | None]:
         """This rank's share of the next global batch, or none of it and what is wrong with a sample of it."""
@@ -180,6 +200,7 @@ class Trainer:
 
     def _stopped(self, step: int) -> Outcome:
         reasons = [reason for reason in self._ranks.gather(self._stop.reason) if reason]
+        self._watchdog.beat(slow=True)
         if step > self._saved_step:
             self._save(step)
         self._finish_save()
