@@ -37,6 +37,21 @@ SETTINGS = [
     "monitor.every_steps=1000",
     "train.hang_seconds=5",
 ]
+LAUNCH = [
+    "-m",
+    "launch.supervise",
+    "--backoff=0.1",
+    "--patience=20",
+    "--max-restarts=1000",
+    "--",
+    "deepspeed",
+    "--num_accelerators=2",
+    "--master_port={port}",
+    "--log_level=error",
+    "--module",
+    "train",
+    "configs/language/quickstart.yaml",
+]
 PATIENCE = 300  # seconds: longer than any recovery takes, on a busy machine too
 
 
@@ -47,35 +62,13 @@ class SoakError(RuntimeError):
 class Run:
     """A training run, its supervisor and the processes below it."""
 
-    def __init__(self, directory: Path, steps: int) -> None:
+    def __init__(self, directory: Path, settings: list[str]) -> None:
         self.directory = directory
-        self._steps = steps
+        self._settings = settings
         self._start()
 
     def _start(self) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "launch.supervise",
-            "--backoff=0.1",
-            "--patience=20",
-            "--max-restarts=1000",
-            "--",
-        ]
-        command += [
-            "deepspeed",
-            "--num_accelerators=2",
-            "--master_port={port}",
-            "--log_level=error",
-            "--module",
-            "train",
-        ]
-        command += [
-            "configs/language/quickstart.yaml",
-            f"run.dir={self.directory}",
-            f"train.steps={self._steps}",
-            *SETTINGS,
-        ]
+        command = [sys.executable, *LAUNCH, f"run.dir={self.directory}", *self._settings]
         environment = os.environ | {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(REPOSITORY),
@@ -234,6 +227,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--faults", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as checkpoint.in_background=true")
     options = parser.parse_args()
     if os.getpid() != 1:
         namespaces = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
@@ -246,11 +240,12 @@ def main() -> int:
     steps = 20 + STEPS_A_FAULT * options.faults
     for place in ("/dev/shm", "/mnt"):  # seen by this test alone
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128M", "tmpfs", place], check=True)
+    settings = [*SETTINGS, f"train.steps={steps}", *options.overrides]
     undisturbed, disturbed = Path("/mnt/undisturbed"), Path("/mnt/disturbed")
     try:
-        run = Run(undisturbed, steps)
+        run = Run(undisturbed, settings)
         run.wait_until(run.has_ended, PATIENCE + steps)
-        run = Run(disturbed, steps)
+        run = Run(disturbed, settings)
         struck = strike_all(run, faults, draw)
         check(disturbed, undisturbed)
     except SoakError as error:
