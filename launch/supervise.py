@@ -79,7 +79,11 @@ class Supervisor:
                 return EXIT_STOPPED if self._stop else EXIT_ERROR
             before = self._newest_step()
             outcome = self._run_job(is_restart=restarts > 0)
-            if not outcome.restart or self._stop:
+            if self._stop and outcome.restart:  # it died while it was stopping: going on is for the next start
+                why = f"stopped by {self._stop}, but {outcome.reason}"
+                self._write_status("stopped", exit_code=EXIT_STOPPED, step=self._newest_step(), reason=why)
+                outcome = Outcome(EXIT_STOPPED, why)
+            if not outcome.restart:
                 self._say(f"end: {outcome.reason} (exit code {outcome.exit_code})")
                 return outcome.exit_code
             failures = 0 if self._newest_step() > before else failures + 1
@@ -94,7 +98,7 @@ class Supervisor:
             self._write_status("failed", exit_code=EXIT_ERROR, reason=outcome.reason, restarts=total)
             self._say(f"restart {restarts} in {wait:g} s after step {self._newest_step()}: {outcome.reason}")
             if self._sleep(wait):
-                self._write_status("stopped", exit_code=EXIT_STOPPED, reason=self._stop)
+                self._write_status("stopped", exit_code=EXIT_STOPPED, step=self._newest_step(), reason=self._stop)
                 return EXIT_STOPPED
 
     def _why_not_again(self, restarts: int, failures: int, reason: str) -> str | None:
@@ -136,7 +140,7 @@ class Supervisor:
             return Outcome(status["exit_code"], status["reason"], restart)
         reason = self._why_killed(hung) or f"the job was killed ({_describe(job.returncode)})"
         self._write_status("failed", exit_code=EXIT_ERROR, reason=reason)
-        return Outcome(EXIT_ERROR, reason, restart=True)
+        return Outcome(EXIT_ERROR, reason, restart=self._interrupts < 2)
 
     def _why_killed(self, hung: bool) -> str | None:
         if self._interrupts > 1:

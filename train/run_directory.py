@@ -14,7 +14,7 @@ from typing import IO, Any
 EXIT_FINISHED = 0  # trained to the end, or to train.stop_at_step
 EXIT_ERROR = 1  # something failed while training
 EXIT_USAGE = 2  # the config, the data or the directory can't be used as asked
-EXIT_STOPPED = 75  # a signal asked to stop and all was saved: start the same command again
+EXIT_STOPPED = 75  # a signal asked to stop and it saved: start the same command again
 
 
 class RunDirectory:

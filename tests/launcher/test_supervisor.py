@@ -127,6 +127,15 @@ def test_a_signal_becomes_the_stop_file(tmp_path, signal_name):
     assert f"end: stopped at step 5 ({signal_name})" in (tmp_path / "log.txt").read_text()
 
 
+def test_a_job_that_dies_while_it_stops_can_go_on_later(tmp_path):
+    process = _start(tmp_path, "begin; save 3; until [[ -f $RUN/stop ]]; do sleep 0.05; done; kill -9 $$")
+    _wait_for(lambda: (tmp_path / "log.txt").exists())
+    process.send_signal(signal.SIGTERM)
+    assert _end(process)[0] == 75 and (tmp_path / "starts").read_text() == "1\n"
+    status = _status(tmp_path)
+    assert status["reason"] == "stopped by SIGTERM, but the job was killed (signal 9)" and status["step"] == 3
+
+
 def test_a_second_ctrl_c_ends_the_job_at_once(tmp_path):
     process = _start(tmp_path, "begin; trap '' TERM INT; while true; do sleep 0.1; done & sleep 100")
     _wait_for(lambda: (tmp_path / "log.txt").exists())
