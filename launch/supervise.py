@@ -28,13 +28,7 @@ import psutil
 
 from train.config import AnyConfig, read_config
 from train.network import free_port
-from train.run_directory import (
-    EXIT_ERROR,
-    EXIT_STOPPED,
-    EXIT_USAGE,
-    RunDirectory,
-    checkpoint_steps,
-)
+from train.run_directory import EXIT_ERROR, EXIT_STOPPED, EXIT_USAGE, RunDirectory, checkpoint_steps
 from train.signals import STOP_SIGNALS
 from train.watchdog import GRACE_SECONDS, SLOW, keep_stacks
 
@@ -145,7 +139,7 @@ class Supervisor:
     def _why_killed(self, hung: bool) -> str | None:
         if self._interrupts > 1:
             return "interrupted twice"
-        stacks = keep_stacks(self._directory)
+        stacks = keep_stacks(self._directory) if self._options.node_rank == 0 else None
         if stacks:
             return f"hung: no progress for {self._hang_seconds} s; the stacks of its ranks are in {stacks}"
         return "hung: no heartbeat, and no rank could write down its stacks" if hung else None
@@ -162,9 +156,10 @@ class Supervisor:
                     self._say(f"start: {shlex.join(command)}")
                 due = self._directory.heartbeat.stat().st_mtime
                 if self._stop and not told_to_stop:
-                    self._say(f"stop: {self._stop}")
-                    self._directory.ask_to_stop(self._stop)
-                    told_to_stop = True
+                    with contextlib.suppress(OSError):  # a full disk: tried again
+                        self._directory.ask_to_stop(self._stop)
+                        told_to_stop = True
+                        self._say(f"stop: {self._stop}")
             elif self._stop:
                 return False  # there is nothing to save yet
             # The ranks end themselves first, if they can.

@@ -27,7 +27,8 @@ class StopRequest:
             signal.signal(number, self._note)
 
     def watch(self, file: Path) -> None:
-        """Looks for `file`, too. One rank that does is enough."""
+        """Looks for `file`, too. One rank that does is enough. What is there already was meant for an earlier start."""
+        file.unlink(missing_ok=True)
         self._file = file
 
     @property

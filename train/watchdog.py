@@ -64,5 +64,7 @@ def keep_stacks(directory: RunDirectory) -> Path | None:
     if not any(path.stat().st_size for path in stacks.glob("rank_*.txt")):
         return None
     kept = directory.path / time.strftime("stacks_%Y%m%dT%H%M%S")
-    os.rename(stacks, kept)
-    return kept
+    with contextlib.suppress(OSError):  # a read-only disk
+        os.rename(stacks, kept)
+        return kept
+    return stacks

@@ -20,6 +20,7 @@ def test_the_first_signal_is_the_reason(tmp_path):
 def test_a_file_does_the_same_once(tmp_path):
     script = """
 file = Path(sys.argv[1]) / "stop"
+file.touch()
 stop.watch(file)
 print(stop.reason)
 file.touch()
