@@ -113,6 +113,14 @@ class TrainConfig:
     label_smoothing: float = 0.0
     activation_checkpointing: int = 0  # recompute every k-th layer in the backward pass; 1 is all, 0 is off
     compile: bool = False  # the blocks, by torch.compile: a C++ compiler on CPUs, Triton on GPUs; not at ZeRO stage 3
+    max_skipped_steps: int = 10  # of the last 100: loss or gradient not finite, or a spike; one more stops the run
+    on_loss_spike: str = (
+        "ignore"  # ignore | skip (the step changes nothing) | roll_back (to the newest checkpoint's weights)
+    )
+    spike_z_score: float = 6.0  # a spike is so many standard deviations above the mean of the last 100 losses
+    hang_seconds: int = (
+        120  # a rank that gets no further for so long dumps its stacks and ends (start, save, load: 10 times)
+    )
     planned_world_size: int = 1  # ranks a recipe is meant for; `--dry-run` plans with it
 
 
@@ -181,6 +189,19 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> AnyConf
     """
     from train.validation import validate  # imported late: it needs the classes above
 
+    config = read_config(path, overrides)
+    validate(config)
+    return config
+
+
+def read_config(path: str | Path, overrides: list[str] | None = None) -> AnyConfig:
+    """`load_config` without the check that values are possible, which needs torch.
+
+    Raises:
+        ValueError: a missing or unreadable file, an unknown key, a wrong type, a missing value.
+    """
+    # Its values would be written into the run's directory: secrets stay in the environment.
+    OmegaConf.clear_resolver("oc.env")
     path, overrides = Path(path), list(overrides or [])
     if not path.is_file():
         raise ValueError(f"config file {path} does not exist")
@@ -194,11 +215,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> AnyConf
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise ValueError(f"{path}: no value for {', '.join(missing)}")
-        config = cast(AnyConfig, OmegaConf.to_object(merged))
+        return cast(AnyConfig, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise ValueError(f"{' '.join([str(path), *overrides])}: {_explain(error)}") from None
-    validate(config)
-    return config
 
 
 def _read(path: Path) -> DictConfig | ListConfig:

@@ -7,7 +7,6 @@ of its own on the CPU, so that it never waits for, or orders itself among, the k
 from __future__ import annotations
 
 import os
-import socket
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from train.network import free_port
 
 
 @dataclass(frozen=True)
@@ -135,13 +136,7 @@ def _fill_in_rank_variables() -> None:
         if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
             raise ValueError("under srun, export MASTER_ADDR and MASTER_PORT before it, as launch/slurm.sbatch does")
         return
-    env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
 
 
 def disable_shared_memory_extension() -> None:

@@ -121,6 +121,24 @@ def set_learning_rate(engine: Any, lr: float) -> None:
         group["lr"] = lr
 
 
+def take_step(engine: Any, update: bool) -> bool:
+    """The optimizer's step; returns whether it changed the weights.
+
+    It does not where `update` is False or where the gradient is not finite: then the gradients are consumed, and neither
+    weights nor the optimizer's state change. Every rank must call it, with the same `update`.
+    """
+    optimizer = engine.basic_optimizer  # torch's, inside DeepSpeed's
+    if engine.optimizer is optimizer:  # fp32 without ZeRO: DeepSpeed does not look at the gradient
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        update = update and bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+    if not update:
+        optimizer.step = lambda *arguments: None
+    engine.step()
+    if not update:
+        del optimizer.step
+    return update and not getattr(engine.optimizer, "overflow", False)
+
+
 def gradient_norm(engine: Any) -> float | None:
     """The global norm before clipping, in float; None where DeepSpeed computes none (fp32 without ZeRO)."""
     norm = engine.get_global_grad_norm()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from train import engine as engines
+from train.bad_steps import WINDOW, BadSteps
 from train.checkpoint import Checkpoints, State
 from train.config import AnyConfig, flatten
 from train.data.order import sample_hash
@@ -24,6 +25,7 @@ from train.monitor import Monitor, StepRecord
 from train.schedule import learning_rate
 from train.signals import StopRequest
 from train.tasks import Batch, Task, targets
+from train.watchdog import Watchdog
 
 
 class TrainingError(RuntimeError):
@@ -33,7 +35,7 @@ class TrainingError(RuntimeError):
 @dataclass(frozen=True)
 class Outcome:
     step: int
-    stopped_by: str | None  # the name of a signal; None when the asked-for step was reached
+    stopped_by: str | None  # a signal or the stop file; None when the asked-for step was reached
 
 
 class Trainer:
@@ -49,6 +51,7 @@ class Trainer:
         checkpoints: Checkpoints,
         monitor: Monitor | None,
         stop: StopRequest,
+        watchdog: Watchdog,
     ) -> None:
         self._config = config
         self._ranks = ranks
@@ -58,31 +61,36 @@ class Trainer:
         self._checkpoints = checkpoints
         self._monitor = monitor
         self._stop = stop
+        self._watchdog = watchdog
         self._micro_batches = engines.gradient_accumulation_steps(config, ranks.world_size)
         self._saved_step = 0
         self._save_seconds = 0.0  # that the save under way has held up training
+        self._bad_steps = BadSteps(config.train, ranks.broadcast(monitor.last_steps(WINDOW) if monitor else None))
 
     def run(self, first_step: int, last_step: int) -> Outcome:
         """Trains steps `first_step` to `last_step`, 1-based and inclusive.
 
         Raises:
-            TrainingError: the loss is not finite.
+            TrainingError: too many steps had to be skipped; a sample is bad.
             CheckpointError: a checkpoint can't be written.
         """
         config, step = self._config, first_step - 1
         self._saved_step = step
         batches = self._data.train_batches(first_n=step * config.train.global_batch_size)
         while step < last_step:
+            self._watchdog.beat(slow=step == first_step - 1)  # the first step may compile kernels
             record = self._train_step(step + 1, batches)
             if record is None:
                 return self._stopped(step)
             step += 1
             if self._monitor:
                 self._monitor.step(record)
+            self._heed_skipped(record)
             if step == config.train.steps or _is_due(step, config.evaluate.every_steps):
                 self.validate(step)
             if step == last_step or _is_due(step, config.checkpoint.every_steps):
                 self._save(step)
+        self._watchdog.beat(slow=True)
         self._finish_save()
         return Outcome(step, None)
 
@@ -97,7 +105,7 @@ class Trainer:
                 [
                     sum(targets(batch, self._task.units_per_sample) for batch in micro_batches),
                     _wrap(sum(sample_hash(batch["sample_ids"].numpy()) for batch in micro_batches)),
-                    int(self._stop.name is not None),
+                    int(self._stop.reason is not None),
                     int(bad_sample is not None),
                     int(self._checkpoints.is_written()),
                 ]
@@ -124,15 +132,12 @@ class Trainer:
                     engine.step()  # only counts the micro-batch
         with self._clock(seconds, "optimizer", step):
             loss = (self._ranks.sum_floats(loss_sum) / target_count).item()
-            if not math.isfinite(loss):
-                # Before the optimizer could spread it into the weights.
-                raise TrainingError(
-                    f"the loss of step {step} is {loss}: start again from the last checkpoint with a lower optimizer.lr, "
-                    "a longer schedule.warmup_steps or train.precision=fp32"
-                )
+            problem = self._bad_steps.problem(loss)
             rate = learning_rate(step, config)
             engines.set_learning_rate(engine, rate)
-            engine.step()
+            updated = engines.take_step(engine, update=problem is None)
+            if not updated and not engine.fp16_enabled():  # fp16's search for a loss scale skips steps, too
+                problem = problem or "its gradient is not finite"
         return StepRecord(
             step=step,
             samples=step * config.train.global_batch_size,
@@ -143,7 +148,26 @@ class Trainer:
             units=config.train.global_batch_size * self._task.units_per_sample,
             seconds=seconds,
             loss_scale=engines.loss_scale(engine),
+            skipped=problem,
         )
+
+    def _heed_skipped(self, record: StepRecord) -> None:
+        """After a step: stops the run where too many were skipped; takes the weights back after a spike, if told to."""
+        self._bad_steps.note(record.loss, record.skipped)
+        reason = self._bad_steps.too_many()
+        if reason:
+            raise TrainingError(
+                f"step {record.step}: {reason}. Start again from the last checkpoint with a lower optimizer.lr, a longer "
+                "schedule.warmup_steps or train.precision=fp32, or raise train.max_skipped_steps"
+            )
+        roll_back = self._config.train.on_loss_spike == "roll_back" and math.isfinite(record.loss)
+        if record.skipped and roll_back and self._checkpoints.steps():
+            self._watchdog.beat(slow=True)
+            self._finish_save()
+            state = self._checkpoints.load_newest(self._engine)
+            assert state is not None
+            if self._monitor:
+                self._monitor.say(f"step {record.step}  rolled back to the weights of step {state.step}")
 
     def _next_micro_batches(self, batches: Iterator[Batch]) -> tuple[list[Batch], str | None]:
         """This rank's share of the next global batch, or none of it and what is wrong with a sample of it."""
@@ -158,12 +182,14 @@ class Trainer:
         self._engine.eval()
         sums, first_batch = None, None
         for host_batch in self._data.validation_batches():
+            self._watchdog.beat()
             batch = self._to_device(host_batch)
             first_batch = first_batch or batch
             batch_sums = self._task.validation_sums(self._engine, batch)
             sums = batch_sums if sums is None else sums + batch_sums
         assert sums is not None and first_batch is not None, "the data set's check lets no empty validation set through"
         metrics = self._task.validation_metrics(self._ranks.sum_floats(sums))
+        self._watchdog.beat(slow=True)
         # All ranks make the example, since under ZeRO-3 no rank can run the model alone.
         example = self._task.example(self._engine.module, first_batch)
         if self._monitor:
@@ -173,13 +199,16 @@ class Trainer:
         return metrics
 
     def _stopped(self, step: int) -> Outcome:
-        names = [name for name in self._ranks.gather(self._stop.name) if name]
+        reasons = [reason for reason in self._ranks.gather(self._stop.reason) if reason]
+        self._watchdog.beat(slow=True)
         if step > self._saved_step:
             self._save(step)
         self._finish_save()
-        return Outcome(step, names[0])
+        self._stop.done()
+        return Outcome(step, reasons[0])
 
     def _save(self, step: int) -> None:
+        self._watchdog.beat(slow=True)
         state = State(
             step=step,
             samples=step * self._config.train.global_batch_size,

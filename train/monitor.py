@@ -6,6 +6,7 @@ Only the main rank has a `Monitor`. Nothing here opens a network port: `tensorbo
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import sys
@@ -31,6 +32,7 @@ class StepRecord:
     units: int  # tokens or images of the global batch
     seconds: dict[str, float] = field(default_factory=dict)  # data, forward, backward, optimizer
     loss_scale: float | None = None  # fp16 only
+    skipped: str | None = None  # why the step changed no weights
 
     @property
     def total_seconds(self) -> float:
@@ -73,6 +75,8 @@ class Monitor:
             smoothing=0.1,
         )
         self._total_steps = total_steps
+        self._run_dir = run_dir
+        self._skipped_steps = sum(skipped is not None for _, skipped in self.last_steps(step))
         self._recent: list[StepRecord] = []
 
     def say(self, line: str) -> None:
@@ -82,7 +86,12 @@ class Monitor:
 
     def step(self, record: StepRecord) -> None:
         """Records one step: always in metrics.jsonl, every `monitor.every_steps` in TensorBoard and the log."""
-        line = dict(step=record.step, samples=record.samples, loss=record.loss, batch_hash=record.batch_hash)
+        loss = record.loss if math.isfinite(record.loss) else None
+        line = dict(step=record.step, samples=record.samples, loss=loss, batch_hash=record.batch_hash)
+        if record.skipped:
+            line["skipped"] = record.skipped
+            self._skipped_steps += 1
+            self.say(f"step {record.step}/{self._total_steps}  skipped  {record.skipped}")
         self._metrics.write(json.dumps(line) + "\n")
         self._recent.append(record)
         rate = record.units / record.total_seconds
@@ -90,6 +99,11 @@ class Monitor:
         self._bar.update()
         if record.step % self._every == 0 or record.step == self._total_steps:
             self._summarise()
+
+    def last_steps(self, count: int) -> list[tuple[float | None, str | None]]:
+        """Loss, and the reason for skipping, of the last `count` steps before this start, oldest first."""
+        lines = [json.loads(line) for line in (self._run_dir / "metrics.jsonl").read_text().splitlines()]
+        return [(line["loss"], line.get("skipped")) for line in lines[-count:]] if count else []
 
     def _summarise(self) -> None:
         """TensorBoard points and one line of text from the steps since the last ones."""
@@ -105,6 +119,7 @@ class Monitor:
             "optimizer/learning_rate": last.learning_rate,
             "optimizer/gradient_norm": last.gradient_norm,
             "optimizer/loss_scale": last.loss_scale,
+            "optimizer/skipped_steps": self._skipped_steps or None,
             f"speed/{self._unit}_per_second": rate,
             "step_seconds/total": seconds / len(records),
             "speed/data_wait_percent": 100 * sum(r.seconds["data"] for r in records) / seconds,

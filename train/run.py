@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from pathlib import Path
@@ -21,9 +22,18 @@ from train.loop import Outcome, Trainer, TrainingError
 from train.monitor import Monitor
 from train.precision import resolve_precision
 from train.resume import check_same_run
-from train.run_directory import EXIT_FINISHED, EXIT_STOPPED, RunDirectory, checkpoint_steps, newest_checkpoint
+from train.run_directory import (
+    EXIT_ERROR,
+    EXIT_FINISHED,
+    EXIT_STOPPED,
+    EXIT_USAGE,
+    RunDirectory,
+    checkpoint_steps,
+    newest_checkpoint,
+)
 from train.signals import StopRequest
 from train.tasks import Task, build_task
+from train.watchdog import Watchdog
 from train.weights import load_weights
 
 
@@ -42,10 +52,22 @@ def run(config: AnyConfig, process_start: float) -> int:
         check_world_size(config, ranks.world_size)
         if ranks.is_main:
             directory.open()
+            stop.watch(directory.stop_file)
+    try:
+        return _train(config, ranks, directory, stop, process_start)
+    except BaseException as error:
+        if ranks.is_main:
+            _note_failure(directory, error)
+        raise
+
+
+def _train(config: AnyConfig, ranks: Ranks, directory: RunDirectory, stop: StopRequest, process_start: float) -> int:
+    """What `run` does with the run directory in its hands."""
     last_step = min(config.train.stop_at_step or config.train.steps, config.train.steps)
     if ranks.broadcast(_is_done(config, last_step)):
         if ranks.is_main:
             print(_done_message(config, last_step), flush=True)
+            _write_reached(directory, config, last_step)
         return EXIT_FINISHED
     with ranks.fail_together():
         data = build_data(config, ranks.rank, ranks.world_size)
@@ -53,10 +75,12 @@ def run(config: AnyConfig, process_start: float) -> int:
     check_agreement(ranks, config, data.digest)
 
     checkpoints = Checkpoints(config.run.dir, ranks, config.checkpoint.keep, config.checkpoint.in_background)
-    if ranks.is_main:
-        checkpoints.remove_partial()
-        (directory.path / "config.yaml").write_text(to_yaml(config))
-        directory.write_status("running")
+    watchdog = Watchdog(directory, ranks, config.train.hang_seconds)
+    with ranks.fail_together():
+        if ranks.is_main:
+            checkpoints.remove_partial()
+            (directory.path / "config.yaml").write_text(to_yaml(config))
+            directory.write_status("running")
     task = build_task(config, data.tokenizer_path, ranks.device)
     precision = resolve_precision(config.train.precision, ranks.device)
     engine, state = _build_engine(config, ranks, task, checkpoints, precision)
@@ -74,18 +98,16 @@ def run(config: AnyConfig, process_start: float) -> int:
         )
         _announce(monitor, config, ranks, engine, precision, step, changes, time.time() - process_start)
 
-    trainer = Trainer(config, ranks, task, data, engine, checkpoints, monitor, stop)
+    trainer = Trainer(config, ranks, task, data, engine, checkpoints, monitor, stop, watchdog)
     try:
         outcome = trainer.run(step + 1, last_step)
-    except BaseException as error:
-        if isinstance(error, TrainingError):  # met by all ranks, perhaps while a good checkpoint was being written
-            checkpoints.finish()
-        if ranks.is_main:
-            directory.write_status("failed", reason=str(error) or type(error).__name__)
+    except TrainingError:  # met by all ranks, perhaps while a good checkpoint was being written
+        checkpoints.finish()
         raise
     finally:
         if monitor:
             monitor.close()
+    watchdog.stop()
     return _finish(outcome, config, ranks, directory)
 
 
@@ -160,15 +182,31 @@ def _finish(outcome: Outcome, config: AnyConfig, ranks: Ranks, directory: RunDir
     if not ranks.is_main:
         return EXIT_STOPPED if outcome.stopped_by else EXIT_FINISHED
     if outcome.stopped_by:
-        directory.write_status("stopped", step=outcome.step, reason=outcome.stopped_by)
+        directory.write_status("stopped", exit_code=EXIT_STOPPED, step=outcome.step, reason=outcome.stopped_by)
         print(
             f"stopped by {outcome.stopped_by} after step {outcome.step}; start the same command again to continue",
             flush=True,
         )
         return EXIT_STOPPED
-    state = "finished" if outcome.step == config.train.steps else "stopped"
-    directory.write_status(
-        state, step=outcome.step, reason="train.steps" if state == "finished" else "train.stop_at_step"
-    )
+    _write_reached(directory, config, outcome.step)
     print(f"reached step {outcome.step} of {config.train.steps}; results in {config.run.dir}", flush=True)
     return EXIT_FINISHED
+
+
+def _write_reached(directory: RunDirectory, config: AnyConfig, step: int) -> None:
+    if step >= config.train.steps:
+        directory.write_status("finished", exit_code=EXIT_FINISHED, step=step, reason="train.steps")
+    else:
+        directory.write_status("stopped", exit_code=EXIT_FINISHED, step=step, reason="train.stop_at_step")
+
+
+def _note_failure(directory: RunDirectory, error: BaseException) -> None:
+    """For the supervisor: what the user has to mend, and what would happen again, is not worth a restart."""
+    started = not isinstance(error, ValueError)  # else the config, the data or the directory can't be used as asked
+    with contextlib.suppress(OSError):  # the disk may be what failed
+        directory.write_status(
+            "failed",
+            exit_code=EXIT_ERROR if started else EXIT_USAGE,
+            reason=str(error).strip().split("\n")[0] or type(error).__name__,
+            restart=started and not isinstance(error, (TrainingError, KeyboardInterrupt)),
+        )

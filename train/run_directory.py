@@ -8,13 +8,13 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 # Exit codes of `python -m train`, also in docs/operations.md.
 EXIT_FINISHED = 0  # trained to the end, or to train.stop_at_step
 EXIT_ERROR = 1  # something failed while training
 EXIT_USAGE = 2  # the config, the data or the directory can't be used as asked
-EXIT_STOPPED = 75  # a signal asked to stop and a checkpoint was saved: start the same command again
+EXIT_STOPPED = 75  # a signal asked to stop and it saved: start the same command again
 
 
 class RunDirectory:
@@ -22,6 +22,8 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.stop_file = self.path / "stop"  # asks the run to save and exit
+        self.heartbeat = self.path / ".heartbeat"  # its modification time is when the next one is due
         self._lock: IO[str] | None = None
 
     def open(self) -> None:
@@ -48,11 +50,44 @@ class RunDirectory:
         self._lock = lock
 
     def write_status(self, state: str, **details: object) -> None:
-        """Replaces `status.json`: state is running, finished, stopped or failed."""
-        status = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **details}
+        """Replaces `status.json`: state is running, finished, stopped or failed.
+
+        `restarts`, the supervisor's restarts over the whole life of the run, is carried over.
+        """
+        status = {
+            "state": state,
+            "time": _now(),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "restarts": self.read_status().get("restarts", 0),
+            **details,
+        }
         partial = self.path / ".status.partial"
         partial.write_text(json.dumps(status) + "\n")
         os.replace(partial, self.path / "status.json")
+
+    def read_status(self) -> dict[str, Any]:
+        """What `status.json` holds; empty where there is none that can be read."""
+        try:
+            status: dict[str, Any] = json.loads((self.path / "status.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return status
+
+    def ask_to_stop(self, reason: str) -> None:
+        """Makes the run save and exit after the step it is in."""
+        partial = self.path / ".stop.partial"
+        partial.write_text(reason)
+        os.replace(partial, self.stop_file)
+
+    def log(self, line: str) -> None:
+        """Adds a line with its time to `log.txt`."""
+        with open(self.path / "log.txt", "a") as file:
+            file.write(f"{_now()} {line}\n")
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def checkpoint_steps(directory: Path) -> list[int]:

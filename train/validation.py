@@ -26,6 +26,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.attention_backend": ("auto", *BACKENDS),
     "data.on_bad_sample": ("fail", "skip"),
     "data.augmentation": ("none", "crop_flip", "rand_augment"),
+    "train.on_loss_spike": ("ignore", "skip", "roll_back"),
     "schedule.kind": ("cosine", "linear", "constant"),
     "train.precision": ("auto", "bf16", "fp16", "fp32"),
 }
@@ -49,6 +50,7 @@ AT_LEAST_1 = (
     "train.global_batch_size",
     "train.micro_batch_size",
     "train.planned_world_size",
+    "train.hang_seconds",
     "checkpoint.every_steps",
     "checkpoint.keep",
     "monitor.every_steps",
@@ -62,6 +64,7 @@ AT_LEAST_0 = (
     "optimizer.grad_clip",
     "schedule.warmup_steps",
     "train.seed",
+    "train.max_skipped_steps",
     "train.activation_checkpointing",
     "evaluate.every_steps",
 )
@@ -70,6 +73,7 @@ ABOVE_0 = (
     "model.mlp_ratio",
     "optimizer.lr",
     "optimizer.eps",
+    "train.spike_z_score",
 )
 BELOW_1 = (
     "model.dropout",
