@@ -151,12 +151,6 @@ def test_a_store_is_held_back(probe: Callable[..., str], seed: int) -> None:
     assert (seen == 0).all() and (data == 1).all()
 
 
-def test_ballot(probe: Callable[..., str]) -> None:
-    predicates, result = np.random.default_rng(2).integers(0, 2, 32).astype(np.int32), np.zeros(32, np.uint32)
-    assert probe("probe_ballot", predicates, result) == ""
-    assert (result == sum(1 << lane for lane in range(32) if predicates[lane])).all()
-
-
 @pytest.mark.parametrize(("pitch", "passes"), [(16, 4), (32, 8), (64, 16), (128, 32), (144, 4)])
 def test_bank_conflicts_of_ldmatrix_are_counted(
     probe: Callable[..., str], library: ctypes.CDLL, pitch: int, passes: int

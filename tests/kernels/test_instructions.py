@@ -148,3 +148,18 @@ def test_memory(probe: Probe) -> None:
     np.testing.assert_array_equal(float_pairs.view(np.uint32), np.where(even, words[:64], 0))
     np.testing.assert_array_equal(fours, np.where(np.repeat(LANE % 2 == 1, 4), words, 0))
     assert total.tolist() == [1 + sum(lane + 100 * (lane % 2 == 0) for lane in range(0, 32, 3)), 100]
+
+
+def test_ballot_and_trailing_ones(probe: Probe) -> None:
+    words = np.random.default_rng(2).integers(0, 2**32, 32).astype(np.uint32)
+    words[:3] = 2**32 - 1, 0, 0b10111
+    sets, ones = np.zeros(32, np.uint32), np.zeros(32, np.int32)
+    probe("probe_ballot", words, sets, ones)
+    assert (sets == sum(1 << lane for lane in range(32) if words[lane] % 2)).all()
+    assert ones.tolist() == [len(f"{word:032b}") - len(f"{word:032b}".rstrip("1")) for word in words]
+
+
+def test_flags(probe: Probe) -> None:
+    flags, read = np.array([3, 0], np.int32), np.zeros(2, np.int32)
+    probe("probe_flags", flags, read)
+    assert flags.tolist() == [8, 7] and read.tolist() == [3, 8]

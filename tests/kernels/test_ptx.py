@@ -292,3 +292,13 @@ def test_bit_equal_over_orders_of_warps() -> None:
         assert run.log == ""
         for name in ("output", "u", "lse"):
             assert run[name].equal(runs[0][name])
+
+
+@needs_nvcc
+@pytest.mark.parametrize("case", [case for case in FEW if case.causal and case.head_dim <= 64], ids=str)
+def test_causal_in_one_launch(case: Case) -> None:
+    """Blocks wait for flags that others of the same launch set."""
+    for lag in (0, 1):
+        library = interpreted.wavefront(DTYPES[case.dtype], case.head_dim, lag)
+        check_forward(case, library)
+    check_backward(case, library)

@@ -11,7 +11,7 @@ from cases import BATCH, HEADS, Case, every_case, pairwise_cases
 from emulated import Run, wavefront
 from verification import check_backward, check_clean, check_forward
 
-COMPILED = [("bf16", 32), ("bf16", 64), ("bf16", 96), ("bf16", 128), ("fp16", 16)]
+COMPILED = [("bf16", 32), ("bf16", 64), ("fp16", 96), ("bf16", 128)]
 FEW = pairwise_cases(
     [case for case in every_case() if case.causal and case.seq <= 257 and (case.dtype, case.head_dim) in COMPILED]
 )
@@ -80,7 +80,7 @@ def test_views_of_a_fused_projection(lag: int) -> None:
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_extreme_logits_and_scale(lag: int) -> None:
-    check_forward(Case("fp16", 16, 200, causal=True, query_scale=40.0, scale=1.0), wavefront(torch.float16, 16, lag))
+    check_forward(Case("fp16", 96, 150, causal=True, query_scale=20.0, scale=1.0), wavefront(torch.float16, 96, lag))
 
 
 def test_three_products_forward_and_seven_backward() -> None:

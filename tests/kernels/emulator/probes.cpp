@@ -96,6 +96,24 @@ void probe_memory(const uint32_t* words, uint32_t* pairs, float* float_pairs, ui
   }, 1, 32, 512);
 }
 
+void probe_ballot(const uint32_t* words, uint32_t* set, int* ones) {
+  simt::launch([&] {
+    const uint32_t word = words[thread_index()];
+    set[thread_index()] = ballot(word % 2 == 1);
+    ones[thread_index()] = trailing_ones(word);
+  }, 1, 32, 0);
+}
+
+void probe_flags(int* flags, int* read) {
+  simt::launch([&] {
+    if (thread_index() > 0) return;
+    read[0] = fetch_add(flags, 5);
+    read[1] = load_relaxed(flags);
+    fence();
+    store_release(flags + 1, 7);
+  }, 1, 32, 0);
+}
+
 // Threads read what others store: with a barrier of the block between (0), with none (1), with one of the warp (2).
 void probe_barrier(int threads, int barrier, bool read_first) {
   simt::launch([&] {
@@ -184,10 +202,6 @@ void probe_held_back(float* data, float* seen) {
     if (block_index() == 0) store_global(data + thread, 1.f, true);
     else seen[thread] = load_global(data + thread, true);
   }, 2, 32, 0);
-}
-
-void probe_ballot(const int* predicates, uint32_t* set) {
-  simt::launch([&] { set[thread_index()] = ballot(predicates[thread_index()]); }, 1, 32, 0);
 }
 
 // A warp's ldmatrix of rows `pitch` bytes apart, and a 4-byte store at that pitch: for the counts of bank conflicts.

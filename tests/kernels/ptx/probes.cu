@@ -79,4 +79,18 @@ __global__ void probe_memory(const uint32_t* words, uint32_t* pairs, float* floa
   reduce_add_global(sum, load_global(sum + 1, lane % 2 == 0) + lane, lane % 3 == 0);
 }
 
+__global__ void probe_ballot(const uint32_t* words, uint32_t* set, int* ones) {
+  const uint32_t word = words[thread_index()];
+  set[thread_index()] = ptx::ballot(word % 2 == 1);
+  ones[thread_index()] = trailing_ones(word);
+}
+
+__global__ void probe_flags(int* flags, int* read) {
+  if (thread_index() > 0) return;
+  read[0] = fetch_add(flags, 5);
+  read[1] = load_relaxed(flags);
+  fence();
+  store_release(flags + 1, 7);
+}
+
 }
