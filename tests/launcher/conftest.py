@@ -30,7 +30,19 @@ def require(*programs: str) -> None:
 
 def namespace(*kinds: str) -> tuple[subprocess.Popen[bytes], int]:
     """A process that sleeps in new namespaces, and the id of the first process inside, whose end ends all others."""
-    command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", *kinds, "sleep", "infinity"]
+    command = [
+        "setpriv",
+        "--pdeathsig=KILL",
+        "unshare",
+        "--mount",
+        "--pid",
+        "--fork",
+        "--kill-child",
+        "--mount-proc",
+        *kinds,
+        "sleep",
+        "infinity",
+    ]
     outer = subprocess.Popen(command)
     while not (children := psutil.Process(outer.pid).children()) or children[0].name() != "sleep":
         time.sleep(0.01)
