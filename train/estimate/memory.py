@@ -33,10 +33,9 @@ def zero_config(settings: dict[str, Any], stage: int | None = None) -> DeepSpeed
     return DeepSpeedZeroConfig(**(settings if stage is None else settings | {"stage": stage}))
 
 
-def offload_target(part: Any) -> str | None:
-    """`cpu`, `nvme` or None, of DeepSpeed's `offload_optimizer` or `offload_param`."""
-    device = getattr(part, "device", "none")
-    return None if device == "none" else str(getattr(device, "value", device))
+def _is_offloaded(part: Any) -> bool:
+    """Of DeepSpeed's `offload_optimizer` or `offload_param`."""
+    return part is not None and part.device != "none"
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class StateMemory:
     buckets: int  # gradients on their way to other ranks
     gathered: int  # ZeRO-3: weights of other ranks, at most
     step: int  # in the optimizer's step, gradients included
-    host: int  # offloaded: in the host's memory or on NVMe, for this rank
+    host: int  # offloaded to the host's memory, for this rank
 
     def backward_peak(self, activations: int) -> int:
         """The most there is in a forward and backward pass."""
@@ -125,15 +124,16 @@ def keeps_all_gathered(zero: DeepSpeedZeroConfig, parameters: int) -> bool:
 def _offloaded(memory: StateMemory, zero: DeepSpeedZeroConfig, share: int, item: int) -> StateMemory:
     """`memory` with optimizer state, and under ZeRO-3 weights, moved to the host as the file says.
 
-    With the optimizer go the gradients of the rank's share, once in float32 and once as they arrive.
+    With the optimizer go the gradients of the rank's share, in float32 and as they arrive; in stages 1 and 2 also a
+    copy of the new weights on their way back (and room for the largest parameter, twice, which isn't counted).
     """
     weights, optimizer, gradients, step = memory.weights, memory.optimizer, memory.gradients, memory.step
     host = 0
-    if offload_target(zero.offload_optimizer):
-        host += optimizer + (FLOAT32 + item) * share
+    if _is_offloaded(zero.offload_optimizer):
+        host += optimizer + (FLOAT32 + item * (1 if zero.stage == 3 else 2)) * share
         optimizer, step = 0, 0
         gradients = gradients if zero.stage == 1 else 0
-    if zero.stage == 3 and offload_target(zero.offload_param):
+    if zero.stage == 3 and _is_offloaded(zero.offload_param):
         host += weights
         weights = 0
     return StateMemory(weights, optimizer, gradients, memory.buckets, memory.gathered, step, host)

@@ -16,11 +16,11 @@ from train.estimate.activations import Activations, trace_activations, trace_hea
 from train.estimate.communication import Collective, collectives
 from train.estimate.gpus import GIB, Gpu
 from train.estimate.memory import state_memory, zero_config
-from train.models.attention import backend_in_use
+from train.models.attention import planned_backend
+from train.models.flops import model_flops_per_sample
 from train.precision import DTYPES
-from train.tasks import Task, flops_per_sample
+from train.tasks import Task
 
-CUDA = torch.device("cuda")
 # Of the peak, by hardware FLOPs. Published runs reach 38-43 % (Llama 3, arXiv:2407.21783, table 4), 52 % (Megatron-LM,
 # arXiv:2104.04473) and 55 % (MegaScale, arXiv:2402.15627) in model FLOPs; none of them is of this trainer.
 COMPUTE_EFFICIENCY = (0.30, 0.55)
@@ -60,7 +60,12 @@ class Plan:
 
     @property
     def backend(self) -> str:
-        return backend_in_use(self.config.model, CUDA, DTYPES[self.precision])
+        return planned_backend(self.config.model, self.gpu.capability, DTYPES[self.precision])
+
+    @property
+    def flops_per_sample(self) -> tuple[float, float]:
+        """Model and hardware FLOPs."""
+        return model_flops_per_sample(self.config, self.backend, torch.device("cuda"))
 
     @property
     def nodes(self) -> int:
@@ -141,7 +146,7 @@ def _layouts(settings: dict) -> list[tuple[str, dict]]:
 
 
 def compute(plan: Plan) -> str:
-    model_flops, hardware_flops = (flops / plan.task.units_per_sample for flops in flops_per_sample(plan.config, CUDA))
+    model_flops, hardware_flops = (flops / plan.task.units_per_sample for flops in plan.flops_per_sample)
     units = plan.config.train.global_batch_size * plan.task.units_per_sample
     unit = plan.task.unit.removesuffix("s")
     return _lines(
@@ -176,7 +181,7 @@ def _seconds(plan: Plan, collectives: Sequence[Collective]) -> float:
 
 def step_seconds(plan: Plan) -> tuple[float, float]:
     """A guess at the fastest and the slowest step: all communication hidden behind computing, or none of it."""
-    hardware_flops = flops_per_sample(plan.config, CUDA)[1] * plan.config.train.global_batch_size / plan.gpus
+    hardware_flops = plan.flops_per_sample[1] * plan.config.train.global_batch_size / plan.gpus
     stage = zero_config(zero_settings(plan.config)).stage
     sending = _seconds(plan, plan.collectives(stage))
     slow_compute, fast_compute = (hardware_flops / plan.gpu.bf16_flops / share for share in COMPUTE_EFFICIENCY)
@@ -188,7 +193,7 @@ def time_and_cost(plan: Plan, dollars_per_gpu_hour: float | None) -> str:
     train, unit = plan.config.train, plan.task.unit
     fast, slow = step_seconds(plan)
     units = train.global_batch_size * plan.task.units_per_sample
-    model_flops = flops_per_sample(plan.config, CUDA)[0] * train.global_batch_size / plan.gpus / plan.gpu.bf16_flops
+    model_flops = plan.flops_per_sample[0] * train.global_batch_size / plan.gpus / plan.gpu.bf16_flops
     rows = [
         ("assumed: compute", f"{_percent(COMPUTE_EFFICIENCY)} of {plan.gpu.bf16_flops / 1e12:,.0f} TFLOPS"),
         (

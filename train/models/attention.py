@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from train.config import LanguageModelConfig, VisionModelConfig
-from twicing_core import TwicingAttention
-from twicing_core.attention import choose
+from twicing_core import TwicingAttention, fused, preferences
+from twicing_core.attention import BACKENDS
 from twicing_core.packing import attend_packed
 
 
@@ -32,16 +32,36 @@ class SoftmaxAttention(TwicingAttention):
 
 
 def backend_in_use(model: LanguageModelConfig | VisionModelConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that the model's twicing layers take on `device`, which need not be here: never `auto`."""
+    """The backend that the model's twicing layers take when they train on `device`, which is here: never `auto`."""
     if model.attention_backend != "auto":
         return model.attention_backend
+    causal = isinstance(model, LanguageModelConfig)
     with FakeTensorMode():
-        call: dict[str, Any] = {"scale": 1.0, "attn_mask": None, "dropout_p": 0.0}
-        if isinstance(model, LanguageModelConfig):  # whose rows are packed
-            seq = model.sequence_length
-            call |= {"is_causal": True, "cu_seqlens": torch.empty(2, dtype=torch.int32, device=device)}
-        else:
-            seq = (model.image_size // model.patch_size) ** 2 + 1
-            call |= {"is_causal": False, "cu_seqlens": None}
-        query = torch.empty(1, model.heads, seq, model.width // model.heads, dtype=dtype, device=device)
-        return choose("auto", query.requires_grad_(), query, query, call)[0]
+        shape = (1, model.heads, _tokens(model), model.width // model.heads)
+        query = torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
+        # Text comes as packed documents.
+        cu_seqlens = torch.empty(2, dtype=torch.int32, device=device) if causal else None
+    call: dict[str, Any] = dict(is_causal=causal, scale=1.0, attn_mask=None, cu_seqlens=cu_seqlens, dropout_p=0.0)
+    able = [n for n, b in BACKENDS.items() if b.refusal(query, query, query, **call, auto=True) is None]
+    return able[0]
+
+
+def planned_backend(
+    model: LanguageModelConfig | VisionModelConfig, capability: tuple[int, int], dtype: torch.dtype
+) -> str:
+    """As `backend_in_use`, on a GPU of this compute capability that need not be here, its kernels compiled and untimed."""
+    if model.attention_backend != "auto":
+        return model.attention_backend
+    head_dim = model.width // model.heads
+    if dtype not in fused.DTYPES["cuda"] or head_dim not in fused.HEAD_DIMS or head_dim > fused.CUDA_BACKWARD_HEAD_DIM:
+        return "composed"
+    if isinstance(model, LanguageModelConfig):
+        return "fused"  # of packed documents it is always preferred
+    regime = preferences.regime(_tokens(model), head_dim, is_causal=False)
+    return "composed" if preferences.guess(capability)[regime].training == preferences.COMPOSED else "fused"
+
+
+def _tokens(model: LanguageModelConfig | VisionModelConfig) -> int:
+    if isinstance(model, LanguageModelConfig):
+        return model.sequence_length
+    return (model.image_size // model.patch_size) ** 2 + 1  # patches and the class token

@@ -10,7 +10,8 @@ backward. Attention is counted in products of size N²·D (one head: N x N x K; 
     softmax, at least        2        4        backward: dV, dA, dQ, dK
     twicing, at least        3        6        forward: S, A·V, A·U; backward: dU, dV, dQ, dK and the two of dA
     softmax, executed        2        5        flash attention computes S once more
-    fused, executed          3        7        causal, or A fits the cache; long full attention takes 4 and 8
+    fused on CPUs, executed  3        7        causal, or A fits the cache; long full attention takes 4 and 8
+    fused on CUDA, executed  4        8        the kernel "long": S and dA are computed once more
     composed, executed       4       10        two calls of flash attention
     reference, executed   2 + N/K   4 + 2·N/K  A·A costs N/K products; nothing is skipped
 
@@ -23,12 +24,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from train.config import AnyConfig, LanguageConfig, LanguageModelConfig, VisionModelConfig
 from train.models.layers import parse_twicing_layers
 
-FUSED_SHORT = 512  # tokens up to which the fused kernels keep A of full attention
+FUSED_SHORT = 512  # tokens up to which the CPU's fused kernels keep A of full attention
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -41,13 +43,14 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return total, total - embeddings
 
 
-def model_flops_per_sample(config: AnyConfig, backend: str) -> tuple[float, float]:
+def model_flops_per_sample(config: AnyConfig, backend: str, device: torch.device) -> tuple[float, float]:
     """(model FLOPs, hardware FLOPs) of one sample, a text row or an image, forward and backward.
 
     The adaptive head counts as if every target were in its shortlist, since the rest depends on the text: a little low.
 
     Args:
-        backend: of the twicing layers, as `train.models.attention.backend_in_use` finds it: never `auto`.
+        backend: of the twicing layers, as `train.models.attention` finds it: never `auto`.
+        device: what computes; it need not be here.
     """
     shape = _language_shape(config.model) if isinstance(config, LanguageConfig) else _vision_shape(config.model)
     twicing = parse_twicing_layers(config.model.twicing_layers, config.model.layers)
@@ -55,7 +58,7 @@ def model_flops_per_sample(config: AnyConfig, backend: str) -> tuple[float, floa
     model_flops = hardware_flops = shape.outside_blocks
     for number in range(1, config.model.layers + 1):
         forward = 2.0 * shape.block_parameters * shape.tokens
-        minimum, attention_forward, attention_backward = _attention(shape, number in twicing, backend)
+        minimum, attention_forward, attention_backward = _attention(shape, number in twicing, backend, device)
         model_flops += 3 * forward + minimum
         hardware_flops += 3 * forward + attention_forward + attention_backward
         if recompute_every > 0 and number % recompute_every == 0:
@@ -105,7 +108,7 @@ def _vision_shape(model: VisionModelConfig) -> _Shape:
     )
 
 
-def _attention(shape: _Shape, twicing: bool, backend: str) -> tuple[float, float, float]:
+def _attention(shape: _Shape, twicing: bool, backend: str, device: torch.device) -> tuple[float, float, float]:
     """FLOPs of one layer's attention: (at least, executed forward, executed backward)."""
     whole = 2.0 * shape.tokens**2 * shape.width
     product = whole / 2 if shape.causal else whole
@@ -117,5 +120,5 @@ def _attention(shape: _Shape, twicing: bool, backend: str) -> tuple[float, float
     if backend == "composed":
         return 9 * product, 4 * product, 10 * product
     assert backend == "fused", backend
-    one_pass = shape.causal or shape.tokens <= FUSED_SHORT
+    one_pass = device.type == "cpu" and (shape.causal or shape.tokens <= FUSED_SHORT)
     return 9 * product, (3 if one_pass else 4) * product, (7 if one_pass else 8) * product

@@ -53,9 +53,9 @@ def targets(batch: Batch, units_per_sample: int) -> int:
 
 
 def flops_per_sample(config: AnyConfig, device: torch.device) -> tuple[float, float]:
-    """(model, hardware) FLOPs of forward and backward for one text row or image on `device`, which need not be here."""
+    """(model, hardware) FLOPs of forward and backward for one text row or image on `device`."""
     dtype = DTYPES[resolve_precision(config.train.precision, device)]
-    return model_flops_per_sample(config, backend_in_use(config.model, device, dtype))
+    return model_flops_per_sample(config, backend_in_use(config.model, device, dtype), device)
 
 
 def build_task(config: AnyConfig, tokenizer_path: Path | None, device: torch.device) -> Task:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -12,7 +13,7 @@ from train.estimate.__main__ import main
 from train.estimate.communication import collectives
 from train.estimate.gpus import GPUS
 from train.estimate.memory import zero_config
-from train.models.attention import backend_in_use
+from train.models.attention import backend_in_use, planned_backend
 
 SECTIONS = ("MODEL AND CLUSTER", "MEMORY", "FLOPS", "COMMUNICATION", "TIME AND COST", "STORAGE")
 
@@ -24,10 +25,13 @@ SECTIONS = ("MODEL AND CLUSTER", "MEMORY", "FLOPS", "COMMUNICATION", "TIME AND C
             ["configs/language/llama_1b.yaml", "--gpus=16", "model.layers=2"],
             [r"  norms +10,240", "ZeRO-3 .* this config", "of these, logits and losses", r"a checkpoint +2.6 GB"],
         ),
-        (["configs/language/wikitext103_paper.yaml", "--gpus=4", "--gpu=4090", "model.layers=2"], ["composed"]),
+        (
+            ["configs/language/wikitext103_paper.yaml", "--gpus=4", "--gpu=4090", "model.layers=2"],
+            [r"attention backend +fused"],
+        ),
         (
             ["configs/vision/deit_tiny.yaml", "--gpus=8", "--gpu=a100-80", "--samples=1281167"],
-            [r"an epoch, 1,251 steps", r"images a step +1,024"],
+            [r"an epoch, 1,251 steps", r"images a step +1,024", "ZeRO-1 .* this config"],
         ),
         (["configs/vision/quickstart.yaml", "--gpus=2", "--dollars-per-gpu-hour=2"], [r"the run, 3,750 steps .*, \$"]),
     ],
@@ -82,9 +86,24 @@ def test_a_block_that_is_let_go_while_it_is_recomputed_is_gathered_three_times()
     assert gather.payload == pytest.approx((2 + 0.9) * 2e10)
 
 
-def test_auto_is_the_backend_that_twicing_attention_takes_on_that_device():
-    model = load_config("configs/language/quickstart.yaml").model
-    assert backend_in_use(model, torch.device("cpu"), torch.float64) == "composed"
-    assert backend_in_use(model, torch.device("cuda"), torch.float64) == "composed"
-    model.attention_backend = "reference"
-    assert backend_in_use(model, torch.device("cuda"), torch.bfloat16) == "reference"
+def test_auto_is_the_backend_that_twicing_attention_takes():
+    language = load_config("configs/language/quickstart.yaml").model
+    assert backend_in_use(language, torch.device("cpu"), torch.float64) == "composed"
+    language.attention_backend = "reference"
+    assert backend_in_use(language, torch.device("cpu"), torch.bfloat16) == "reference"
+    assert planned_backend(language, (9, 0), torch.bfloat16) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "capability", "backend"),
+    [
+        ("language/llama_1b", {}, (9, 0), "fused"),
+        ("language/llama_1b", {"heads": 8}, (9, 0), "composed"),  # heads of 256 have no fused gradient
+        ("vision/deit_tiny", {}, (10, 0), "fused"),  # short
+        ("vision/deit_tiny", {"image_size": 384}, (8, 0), "fused"),
+        ("vision/deit_tiny", {"image_size": 384}, (10, 0), "composed"),
+    ],
+)
+def test_auto_on_a_gpu_that_is_not_here(recipe, changes, capability, backend):
+    model = dataclasses.replace(load_config(f"configs/{recipe}.yaml").model, **changes)
+    assert planned_backend(model, capability, torch.bfloat16) == backend

@@ -44,7 +44,7 @@ def test_the_training_state_is_that_of_the_zero_paper():
 
 def test_offloading_moves_the_state_and_keeps_what_is_used():
     gpu = state_memory(zero_config({}, 3), 10**9, 8, "bf16")
-    offloaded = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "nvme", "nvme_path": "/nvme"}}
+    offloaded = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
     host = state_memory(zero_config(offloaded, 3), 10**9, 8, "bf16")
     assert (host.weights, host.optimizer, host.gradients) == (0, 0, 0)
     assert (host.buckets, host.gathered) == (gpu.buckets, gpu.gathered)
@@ -111,6 +111,12 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {  # precision, what the JSO
     "stage 3": ("bf16", ZERO3 | {"memory_efficient_linear": False}, 0),
     "stage 3, fp32, recomputed": ("fp32", ZERO3 | {"memory_efficient_linear": False}, 1),
     "stage 3, no weight kept": ("bf16", ZERO3 | {"memory_efficient_linear": True}, 0),
+    "stage 2, offloaded": ("bf16", ZERO | {"stage": 2, "offload_optimizer": {"device": "cpu"}}, 0),
+    "stage 3, offloaded": (
+        "bf16",
+        ZERO3 | {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+        0,
+    ),
     "stage 3, all weights kept": (
         "bf16",
         ZERO3 | {"stage3_max_live_parameters": 10**9, "stage3_max_reuse_distance": 10**9},
@@ -123,7 +129,7 @@ class Meter(LiveBytes):
     """Also counts what goes through torch's collective operations."""
 
     def __init__(self) -> None:
-        super().__init__(t for t in gc.get_objects() if isinstance(t, torch.Tensor))
+        super().__init__()
         self.collectives: dict[str, float] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -142,10 +148,8 @@ class Meter(LiveBytes):
 
 def _measure(ranks: Ranks, config: AnyConfig, precision: str) -> tuple[dict[str, int], dict[str, float]]:
     """Bytes of a rank's second training step: state between steps, peaks in backward pass and optimizer, payloads."""
-    gc.collect()
     task, micro_batches = build_task(config, None, ranks.device), gradient_accumulation_steps(config, ranks.world_size)
     with Meter() as meter:
-        before = meter.now
         engine = build_engine(task.build_model(), config, ranks.world_size, precision)
         measured = {}
         for _ in range(2):
@@ -155,10 +159,10 @@ def _measure(ranks: Ranks, config: AnyConfig, precision: str) -> tuple[dict[str,
                 engine.backward(task.loss_sum(engine, task.placeholder_batch(2), 0) * 0.01, scale_wrt_gas=False)
                 if number < micro_batches - 1:
                     engine.step()
-            measured["backward"], meter.peak = meter.peak - before, meter.now
+            measured["backward"], meter.peak = meter.peak, meter.now
             engine.step()
             gc.collect()
-            measured["step"], measured["state"] = meter.peak - before, meter.now - before
+            measured["step"], measured["state"] = meter.peak, meter.now
     engine.destroy()
     return measured, meter.collectives
 
@@ -170,12 +174,13 @@ def _predict(config: AnyConfig, precision: str, world_size: int) -> tuple[dict[s
     traced: Activations = trace_activations(config, 2, DTYPES[precision], "fused")
     kept_weights = 0 if zero.memory_efficient_linear else traced.kept_weights
     memory = state_memory(zero, parameters, world_size, precision, kept_weights)
-    between_steps = memory.weights + memory.optimizer
+    # What is offloaded is here as well: the ranks' device is the host.
+    between_steps = memory.weights + memory.optimizer + memory.host
     if zero.stage == 3:  # its buffers stay
         between_steps += memory.buckets + memory.gradients
     sizes = {
-        "backward": memory.backward_peak(traced.peak),
-        "step": memory.weights + memory.optimizer + memory.step,
+        "backward": memory.backward_peak(traced.peak) + memory.host,
+        "step": memory.weights + memory.optimizer + memory.step + memory.host,
         "state": between_steps,
     }
     blocks = sum(p.numel() for p in model.get_submodule("blocks").parameters())
@@ -200,6 +205,7 @@ def _config(file: Path, name: str, world_size: int) -> tuple[AnyConfig, str]:
 
 
 def _compare(ranks: Ranks, directory: Path, predictions: dict[str, tuple[dict[str, int], dict[str, float]]]) -> None:
+    gc.freeze()  # to collect what the engines leave, and not to search all libraries for it
     wrong = []
     for name, (sizes, payloads) in predictions.items():
         measured, sent = _measure(ranks, *_config(directory / f"{ranks.rank}.json", name, ranks.world_size))
@@ -213,7 +219,7 @@ def _compare(ranks: Ranks, directory: Path, predictions: dict[str, tuple[dict[st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world_size", "names"), [(2, list(CASES)), (4, ["stage 3"])], ids=["2 ranks", "4 ranks"])
-def test_memory_and_communication_within_ten_percent(run_distributed, tmp_path, world_size, names):
-    predictions = {name: _predict(*_config(tmp_path / "predict.json", name, world_size), world_size) for name in names}
+def test_memory_and_communication_within_ten_percent(run_distributed, tmp_path):
+    world_size = 2
+    predictions = {name: _predict(*_config(tmp_path / "predict.json", name, world_size), world_size) for name in CASES}
     run_distributed(_compare, world_size, tmp_path, predictions)

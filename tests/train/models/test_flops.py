@@ -32,7 +32,7 @@ def vision(**changes: Any) -> VisionConfig:
 
 
 def model_flops_per_sample(config: AnyConfig) -> tuple[float, float]:
-    return flops_with(config, config.model.attention_backend)
+    return flops_with(config, config.model.attention_backend, torch.device("cpu"))
 
 
 def counted(config: AnyConfig, samples: int) -> float:
@@ -81,6 +81,12 @@ def test_what_twicing_adds_to_softmax(
     twicing, softmax = model_flops_per_sample(config), model_flops_per_sample(baseline)
     assert twicing[0] - softmax[0] == pytest.approx(model_products * product)
     assert twicing[1] - softmax[1] == pytest.approx(hardware_products * product)
+
+
+def test_the_fused_kernels_of_a_gpu_take_two_passes() -> None:
+    cpu, cuda = (flops_with(language(), "fused", torch.device(device)) for device in ("cpu", "cuda"))
+    assert cuda[0] == cpu[0]
+    assert cuda[1] - cpu[1] == pytest.approx((12 - 10) / 2 * 2 * 24**2 * 32 * 3)
 
 
 def test_model_flops_of_softmax_are_six_per_parameter_and_attention() -> None:
