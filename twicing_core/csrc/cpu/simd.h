@@ -111,12 +111,23 @@ inline Floats max(Floats a, Floats b) {
 #endif
 }
 
+// Lane i of the result is lane index[i] of x; from kLanes on, of y. The indices must be constants.
+inline Ints shuffle(Ints x, Ints y, Ints index) {
+#if defined(__clang__)
+  Ints result;  // its optimizer sees the shuffle
+  for (int lane = 0; lane < kLanes; ++lane) result[lane] = index[lane] < kLanes ? x[index[lane]] : y[index[lane] - kLanes];
+  return result;
+#else
+  return __builtin_shuffle(x, y, index);
+#endif
+}
+
 // Lane i of the result is lane i ^ kDistance of x.
 template <int kDistance>
 inline Floats swap_lanes(Floats x) {
   Ints other;
   for (int lane = 0; lane < kLanes; ++lane) other[lane] = lane ^ kDistance;
-  return __builtin_shuffle(x, other);
+  return (Floats)shuffle((Ints)x, (Ints)x, other);
 }
 
 inline float horizontal_max(Floats x) {
