@@ -39,7 +39,7 @@ class Backward {
   // A block of keys, and the scratch of the thread that works on it.
   struct Block {
     int64_t start, count, rows;  // count is how many exist, rows is padded
-    E *key, *p, *ds, *ds_packed;
+    E *key, *p, *ds_packed;  // dS takes the place of A^T
     float *scores, *sums, *grad_key;
   };
 
@@ -48,10 +48,9 @@ class Backward {
     const int64_t size = tiling_.block * tiling_.chunk, count = tiling_.block_rows(start);
     return {start,
             count,
-            round_up(count, 16),
+            round_up(count, kStep<E>),
             scratch.key.get(kStrip * tiling_.depth),
             scratch.p.get(size),
-            scratch.ds.get(size),
             kPair<E> == 2 ? scratch.ds_packed.get(size) : nullptr,
             scratch.scores.get(kStrip * tiling_.chunk),
             scratch.sums.get(tiling_.block * tiling_.width),
@@ -65,7 +64,7 @@ class Backward {
 
   // Those from `start` on to the end of the chunk.
   Columns columns_from(int64_t first, int64_t start) const {
-    return {first, start, round_up(std::min(first + tiling_.chunk, tiling_.length) - start, 16)};
+    return {first, start, round_up(std::min(first + tiling_.chunk, tiling_.length) - start, kStep<E>)};
   }
 
   int64_t first_query(int64_t start) const { return problem_.is_causal ? start : 0; }
@@ -155,7 +154,7 @@ class Backward {
     }
   }
 
-  // dS^T, and from it dK and dQ.
+  // dS^T in place of A^T, and from it dK and dQ.
   void scores_gradient(const Block& block, const Columns& columns, float* grad_query, bool accumulate) const {
     const int64_t depth = tiling_.depth, chunk = tiling_.chunk;
     for (int64_t strip = 0; strip < block.rows; strip += kStrip) {
@@ -167,29 +166,28 @@ class Backward {
     }
     if (block.start == 0 && columns.start == 0 && (problem_.is_causal || tiling_.length == 1)) {
       // The first query sees one key, so its dA equals delta: but not to the last bit.
-      block.ds[0] = E(0);
+      block.p[0] = E(0);
       if constexpr (kPair<E> == 2) block.ds_packed[0] = E(0);
     }
-    multiply(block.rows, depth, columns.count, block.ds, chunk, data_.queries_at(columns.start), depth, block.grad_key,
+    multiply(block.rows, depth, columns.count, block.p, chunk, data_.queries_at(columns.start), depth, block.grad_key,
              depth, accumulate);
     multiply(depth, columns.count, block.rows, data_.keys_T_at(block.start), tiling_.block,
-             kPair<E> == 2 ? block.ds_packed : block.ds, chunk,
+             kPair<E> == 2 ? block.ds_packed : block.p, chunk,
              grad_query + columns.first * depth + columns.start - columns.first, chunk, tiling_.blocks > 1);
   }
 
-  // Two rows of dS^T from dA^T, as a left operand and packed as a right one.
+  // Two rows of dS^T from A^T and dA^T, as a left operand and packed as a right one.
   void differentiate_softmax(const float* da, const Block& block, int64_t row, const Columns& columns) const {
     const int64_t chunk = tiling_.chunk;
     const float* delta = data_.delta + columns.start;
-    const E* p = block.p + row * chunk;
-    E* ds = block.ds + row * chunk;
+    E *p = block.p + row * chunk, *next_p = p + chunk;
     for (int64_t i = 0; i < columns.count; i += kLanes) {
       const Floats d = load(delta + i);
-      const Floats even = load(p + i) * (load(da + i) - d);
-      const Floats odd = load(p + chunk + i) * (load(da + chunk + i) - d);
-      store(ds + i, even);
-      store(ds + chunk + i, odd);
-      if constexpr (kPair<E> == 2) store_pairs(block.ds_packed + row * chunk + 2 * i, even, odd);
+      const Floats even = load(p + i) * (load(da + i) - d), odd = load(next_p + i) * (load(da + chunk + i) - d);
+      store(p + i, even);
+      store(next_p + i, odd);
+      if constexpr (kPair<E> == 2)
+        store_pairs(block.ds_packed + row * chunk + 2 * i, round_to_bfloat16(even), round_to_bfloat16(odd));
     }
   }
 

@@ -14,32 +14,37 @@ struct RunningSoftmax {
   float max = -INFINITY;
   float sum = 0.0f;
 
-  // p = 2^(factor * s - max) of the first `valid` scores, zeros up to `padded`. Returns what earlier sums, and
-  // whatever was made of earlier p, must be multiplied by.
-  template <typename E>
-  float add(const float* s, int64_t valid, int64_t padded, float factor, E* p) {
+  // Takes in the first `valid` scores times `factor`. Returns what all that was made under the maximum before, the sum
+  // apart, must be multiplied by.
+  float raise_max(const float* s, int64_t valid, float factor) {
     const int64_t whole = valid / kLanes * kLanes;
     Floats largest = splat(-INFINITY);
     for (int64_t j = 0; j < whole; j += kLanes) largest = twicing::max(load(s + j) * factor, largest);
     if (whole < valid) largest = twicing::max(keep_first(load(s + whole) * factor, valid - whole, -INFINITY), largest);
     const float new_max = std::max(horizontal_max(largest), max);
+    const float keep = max == new_max ? 1.0f : max == -INFINITY ? 0.0f : std::exp2(max - new_max);
+    max = new_max;
+    sum *= keep;
+    return keep;
+  }
 
+  // p = 2^(factor * s - max) of the first `valid` scores, zeros up to `padded`.
+  template <typename E>
+  void add(const float* s, int64_t valid, int64_t padded, float factor, E* p) {
+    const int64_t whole = valid / kLanes * kLanes;
     Floats total = splat(0.0f);
     for (int64_t j = 0; j < whole; j += kLanes) {
-      Floats x = exp2<E>(load(s + j) * factor - new_max);
+      const Floats x = exp2<E>(load(s + j) * factor - max);
       total += x;
       store(p + j, x);
     }
     if (whole < valid) {
-      Floats x = keep_first(exp2<E>(load(s + whole) * factor - new_max), valid - whole, 0.0f);
+      const Floats x = keep_first(exp2<E>(load(s + whole) * factor - max), valid - whole, 0.0f);
       total += x;
       store(p + whole, x);
     }
-    std::fill(p + round_up(valid, kLanes), p + padded, E(0));
-    const float keep = max == new_max ? 1.0f : max == -INFINITY ? 0.0f : std::exp2(max - new_max);
-    sum = sum * keep + horizontal_sum(total);
-    max = new_max;
-    return keep;
+    for (int64_t j = round_up(valid, kLanes); j < padded; j += kLanes) store(p + j, splat(0.0f));
+    sum += horizontal_sum(total);
   }
 
   float normalizer() const { return 1.0f / sum; }
@@ -68,7 +73,7 @@ class Forward {
  public:
   Forward(const Problem& problem, Rows<const T> query, Rows<const T> key, Rows<const T> value, Rows<T> output,
           Rows<T> u, float* log_sum_exp)
-      : problem_(problem), tiling_(problem, works_alone()), query_(query), key_(key), value_(value), output_(output),
+      : problem_(problem), tiling_(problem, works_alone(), kBlock<E>), query_(query), key_(key), value_(value), output_(output),
         u_(u), log_sum_exp_(log_sum_exp) {
     auto& scratch = ForwardScratch<E>::of_this_thread();
     keys_ = scratch.keys.get(tiling_.chunks * tiling_.chunk * tiling_.depth);
@@ -109,7 +114,7 @@ class Forward {
   E* values_at(int64_t start) const { return values_ + packed_offset<E>(start, 0, tiling_.width); }
   E* u_at(int64_t start) const { return values_ + packed_offset<E>(start, tiling_.depth, tiling_.width); }
 
-  // Calls f(row, s) for the queries [start, start + count) with their scores against the keys of one chunk.
+  // Calls f(row, rows, s) for strips of the queries [start, start + count), with their scores against a chunk of keys.
   template <typename F>
   void for_scores(int64_t start, int64_t count, int64_t first, int64_t columns, const F& f) {
     auto& scratch = ForwardScratch<E>::of_this_thread();
@@ -117,20 +122,28 @@ class Forward {
     float* scores = scratch.scores.get(kStrip * chunk);
     E* copy = scratch.query.get(kStrip * depth);
     for (int64_t strip = start; strip < start + count; strip += kStrip) {
-      const int64_t rows = std::min(kStrip, start + count - strip), padded = round_up(rows, 16);
+      const int64_t rows = std::min(kStrip, start + count - strip), padded = round_up(rows, kStep<E>);
       const Left<E> query = left_operand(rows_of(query_, problem_, strip, padded), copy);
       multiply(padded, columns, depth, query.data, query.stride, keys_ + first * depth, chunk, scores, chunk, false);
-      for (int64_t row = 0; row < rows; ++row) f(strip + row, scores + row * chunk);
+      f(strip, rows, scores);
     }
   }
 
   // P of a block and one chunk. What was summed under a smaller maximum is rescaled.
   void add_chunk(int64_t start, int64_t count, int64_t first, int64_t columns, E* p, float* sums, int64_t width) {
-    for_scores(start, count, first, columns, [&](int64_t row, const float* s) {
-      const float keep = softmax_[row].add(s, valid_columns(row, first, columns), columns, problem_.scale_log2(),
-                                           p + (row - start) * tiling_.chunk);
-      if (first > 0 && keep != 1.0f)
-        for (int64_t i = 0; i < width; ++i) sums[(row - start) * width + i] *= keep;
+    const float factor = problem_.scale_log2();
+    const int64_t chunk = tiling_.chunk;
+    for_scores(start, count, first, columns, [&](int64_t strip, int64_t rows, const float* s) {
+      // Two loops, since the maximum of one row need not be waited for while the others' are at work.
+      for (int64_t row = 0; row < rows; ++row) {
+        const int64_t valid = valid_columns(strip + row, first, columns);
+        const float keep = softmax_[strip + row].raise_max(s + row * chunk, valid, factor);
+        if (first > 0 && keep != 1.0f)
+          for (int64_t i = 0; i < width; ++i) sums[(strip - start + row) * width + i] *= keep;
+      }
+      for (int64_t row = 0; row < rows; ++row)
+        softmax_[strip + row].add(s + row * chunk, valid_columns(strip + row, first, columns), columns, factor,
+                                  p + (strip - start + row) * chunk);
     });
   }
 
@@ -138,12 +151,12 @@ class Forward {
   void sweep(int64_t start) {
     auto& scratch = ForwardScratch<E>::of_this_thread();
     const int64_t depth = tiling_.depth, width = tiling_.width, chunk = tiling_.chunk;
-    const int64_t count = tiling_.block_rows(start), rows = round_up(count, 16), end = end_of_keys(start);
+    const int64_t count = tiling_.block_rows(start), rows = round_up(count, kStep<E>), end = end_of_keys(start);
     E* p = scratch.p.get(tiling_.block * chunk);
     float* sums = scratch.sums.get(tiling_.block * width);  // [P V | P U]
 
     for (int64_t first = 0; first < end; first += chunk) {
-      const int64_t columns = round_up(std::min(chunk, end - first), 16);
+      const int64_t columns = round_up(std::min(chunk, end - first), kStep<E>);
       const int64_t before = std::min(chunk, start - first);  // columns whose U is known
       add_chunk(start, count, first, columns, p, sums, width);
       if (before > 0)
@@ -161,12 +174,12 @@ class Forward {
   // The first of two passes: U and the log-sum-exp of one block.
   void smooth(int64_t start) {
     const int64_t depth = tiling_.depth, chunk = tiling_.chunk;
-    const int64_t count = tiling_.block_rows(start), rows = round_up(count, 16), end = end_of_keys(start);
+    const int64_t count = tiling_.block_rows(start), rows = round_up(count, kStep<E>), end = end_of_keys(start);
     E* p = ForwardScratch<E>::of_this_thread().p.get(tiling_.block * chunk);
     float* sums = exact_u_ + start * depth;
 
     for (int64_t first = 0; first < end; first += chunk) {
-      const int64_t columns = round_up(std::min(chunk, end - first), 16);
+      const int64_t columns = round_up(std::min(chunk, end - first), kStep<E>);
       add_chunk(start, count, first, columns, p, sums, depth);
       multiply(rows, depth, columns, p, chunk, values_at(first), tiling_.width, sums, depth, first > 0);
     }
@@ -177,14 +190,16 @@ class Forward {
   void smooth_again(int64_t start) {
     auto& scratch = ForwardScratch<E>::of_this_thread();
     const int64_t depth = tiling_.depth, chunk = tiling_.chunk;
-    const int64_t count = tiling_.block_rows(start), rows = round_up(count, 16), end = end_of_keys(start);
+    const int64_t count = tiling_.block_rows(start), rows = round_up(count, kStep<E>), end = end_of_keys(start);
     E* p = scratch.p.get(tiling_.block * chunk);
     float* sums = scratch.sums.get(tiling_.block * depth);
 
     for (int64_t first = 0; first < end; first += chunk) {
-      const int64_t columns = round_up(std::min(chunk, end - first), 16);
-      for_scores(start, count, first, columns, [&](int64_t row, const float* s) {
-        exponentials(s, valid_columns(row, first, columns), columns, softmax_[row].max, p + (row - start) * chunk);
+      const int64_t columns = round_up(std::min(chunk, end - first), kStep<E>);
+      for_scores(start, count, first, columns, [&](int64_t strip, int64_t rows, const float* s) {
+        for (int64_t row = 0; row < rows; ++row)
+          exponentials(s + row * chunk, valid_columns(strip + row, first, columns), columns, softmax_[strip + row].max,
+                       p + (strip - start + row) * chunk);
       });
       multiply(rows, depth, columns, p, chunk, u_at(first), tiling_.width, sums, depth, first > 0);
     }
@@ -209,16 +224,19 @@ class Forward {
       store_row(u_[start + row], sums + row * stride, problem_.head_dim, 1.0f);
       log_sum_exp_[start + row] = softmax.log_sum_exp();
     }
-    const Padded<float> u{{sums, stride}, count, tiling_.block, depth, depth};
-    pack_rows(u, u_at(start), tiling_.width);
+    if constexpr (std::is_same_v<T, E>)
+      pack_rows(rows_of(Rows<const T>{u_.data, u_.stride}, problem_, start, tiling_.block), u_at(start), tiling_.width);
+    else
+      pack_rows(Padded<float>{{sums, stride}, count, tiling_.block, depth, depth}, u_at(start), tiling_.width);
   }
 
   // O = 2U - AU from U, exactly since rounding it would be most of the error of O, and from P U.
   void write_output(int64_t row, const float* u, const float* pu) {
     T* output = output_[row];
     const float normalizer = softmax_[row].normalizer();
-    for (int64_t i = 0; i < problem_.head_dim; i += kLanes)
-      store_first(output + i, load(u + i) * 2.0f - load(pu + i) * normalizer, problem_.head_dim - i);
+    for_vectors(problem_.head_dim, [&](int64_t i, int64_t some) {
+      store_first(output + i, load(u + i) * 2.0f - load(pu + i) * normalizer, some);
+    });
   }
 
   Problem problem_;

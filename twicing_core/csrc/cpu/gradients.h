@@ -23,7 +23,7 @@ struct BackwardScratch {
   Scratch<E> queries, queries_T, gradients, gradients_T, keys_T, values;
   Scratch<float> log_sum, delta, grad_query;
   // Of one block.
-  Scratch<E> rows, key, p, ds, ds_packed;
+  Scratch<E> rows, key, p, ds_packed;
   Scratch<float> scores, sums, grad_key;
 
   static BackwardScratch& of_this_thread() {
@@ -36,7 +36,7 @@ template <typename T, typename E, typename G>
 class BackwardData {
  public:
   BackwardData(const Problem& problem, const BackwardInputs<T>& inputs, const BackwardOutputs<T, G>& outputs)
-      : tiling(problem, works_alone()),
+      : tiling(problem, works_alone(), kBlock<E>),
         teams(works_alone() ? 1 : std::min<int64_t>(at::get_num_threads(), tiling.blocks)),
         problem_(problem), in_(inputs), out_(outputs) {
     auto& scratch = BackwardScratch<E>::of_this_thread();
@@ -89,13 +89,11 @@ class BackwardData {
     E* scratch = BackwardScratch<E>::of_this_thread().rows.get(block * tiling.depth);
     transpose(rows_of(in_.key, problem_, start, block), keys_T_ + start * tiling.depth, block, scratch);
 
-    const Padded<T> value = rows_of(in_.value, problem_, start, block), u = rows_of(in_.u, problem_, start, block);
     E* values = values_ + start * width;
+    copy_rows(rows_of(in_.value, problem_, start, block), values, width);
+    copy_rows(rows_of(in_.u, problem_, start, block), values + tiling.depth, width);
     for (int64_t row = 0; row < block; ++row)
-      for (int64_t i = 0; i < tiling.depth; i += kLanes) {
-        store(values + row * width + i, value.load(row, i));
-        store(values + row * width + tiling.depth + i, -u.load(row, i));
-      }
+      for (int64_t i = tiling.depth; i < width; i += kLanes) negate(values + row * width + i);
     for (int64_t row = start; row < start + block; ++row) {
       log_sum[row] = row < tiling.length ? in_.log_sum_exp[row] / kLn2 : 0.0f;
       delta[row] = 0.0f;
@@ -103,22 +101,22 @@ class BackwardData {
   }
 
   // From A^T dO: dU and delta of a block, packed for the products to come.
-  void finish_grad_u(int64_t start, int64_t count, float* sums, int64_t stride) {
+  void finish_grad_u(int64_t start, int64_t count, const float* sums, int64_t stride) {
     const int64_t depth = tiling.depth, first = tiling.chunk_of(start);
+    E* rows = BackwardScratch<E>::of_this_thread().rows.get(tiling.block * depth);
     for (int64_t row = 0; row < count; ++row) {
       const T *grad_output = in_.grad_output[start + row], *output = in_.output[start + row];
       const T* u = in_.u[start + row];
       Floats sum = splat(0.0f);
-      for (int64_t i = 0; i < problem_.head_dim; i += kLanes) {
-        const int64_t some = problem_.head_dim - i;
+      for_vectors(problem_.head_dim, [&](int64_t i, int64_t some) {
         const Floats g = load_first(grad_output + i, some), u_i = load_first(u + i, some);
         const Floats grad_u = 2.0f * g - load(sums + row * stride + i);  // of padding: zero
         sum += grad_u * u_i - g * (2.0f * u_i - load_first(output + i, some));
-        store(sums + row * stride + i, grad_u);
-      }
+        store(rows + row * depth + i, grad_u);
+      });
       delta[start + row] = horizontal_sum(sum);
     }
-    const Padded<float> grad_u{{sums, stride}, count, tiling.block, depth, depth};
+    const Padded<E> grad_u{{rows, depth}, count, tiling.block, depth, depth};
     pack_rows(grad_u, grad_u_at(start), tiling.width);
     pack_transposed(grad_u, gradients_T_at(first, start), tiling.chunk);
   }

@@ -1,8 +1,6 @@
 // From rows of tensors to the operands of products: padded with zeros, interleaved, transposed.
 #pragma once
 
-#include <algorithm>
-
 #include "matmul.h"
 
 namespace twicing {
@@ -27,6 +25,9 @@ struct Padded {
   Floats load(int64_t row, int64_t i) const {
     return row < count && i < dim ? load_first(rows[row] + i, dim - i) : splat(0.0f);
   }
+
+  // Whether the rows [start, end) need no padding.
+  bool are_whole(int64_t start, int64_t end) const { return end <= count && start < end && dim == depth; }
 };
 
 // A left operand: row-major.
@@ -38,15 +39,20 @@ struct Left {
 
 template <typename T, typename E>
 inline void copy_rows(const Padded<T>& x, E* to, int64_t to_stride) {
-  for (int64_t row = 0; row < x.padded_count; ++row)
-    for (int64_t i = 0; i < x.depth; i += kLanes) store(to + row * to_stride + i, x.load(row, i));
+  for (int64_t row = 0; row < x.padded_count; ++row) {
+    E* out = to + row * to_stride;
+    if (std::is_same_v<T, E> && x.are_whole(row, row + 1))
+      std::memcpy(static_cast<void*>(out), x.rows[row], x.depth * sizeof(E));
+    else
+      for (int64_t i = 0; i < x.depth; i += kLanes) store(out + i, x.load(row, i));
+  }
 }
 
 // The rows where they are, if nothing has to be converted or padded; else a copy.
 template <typename T, typename E>
 inline Left<E> left_operand(const Padded<T>& x, E* copy) {
   if constexpr (std::is_same_v<T, E>)
-    if (x.count == x.padded_count && x.dim == x.depth) return {x.rows.data, x.rows.stride};
+    if (x.are_whole(0, x.padded_count)) return {x.rows.data, x.rows.stride};
   copy_rows(x, copy, x.depth);
   return {copy, x.depth};
 }
@@ -54,11 +60,20 @@ inline Left<E> left_operand(const Padded<T>& x, E* copy) {
 // Packs x as a right operand, (padded_count, depth).
 template <typename T, typename E>
 inline void pack_rows(const Padded<T>& x, E* to, int64_t to_stride) {
-  if constexpr (kPair<E> == 1) return copy_rows(x, to, to_stride);
-  else
-    for (int64_t row = 0; row < x.padded_count; row += 2)
-      for (int64_t i = 0; i < x.depth; i += kLanes)
-        store_pairs(to + row * to_stride + 2 * i, x.load(row, i), x.load(row + 1, i));
+  if constexpr (kPair<E> == 1) {
+    copy_rows(x, to, to_stride);
+  } else {
+    for (int64_t row = 0; row < x.padded_count; row += 2) {
+      const T *even = x.rows[row], *odd = x.rows[row + 1];
+      E* out = to + row * to_stride;
+      if (x.are_whole(row, row + 2))
+        for (int64_t i = 0; i < x.depth; i += kLanes)
+          store_pairs(out + 2 * i, load_bfloat16(even + i), load_bfloat16(odd + i));
+      else
+        for (int64_t i = 0; i < x.depth; i += kLanes)
+          store_pairs(out + 2 * i, round_to_bfloat16(x.load(row, i)), round_to_bfloat16(x.load(row + 1, i)));
+    }
+  }
 }
 
 // One step of transposing a square of kLanes x kLanes words, which swaps ever smaller blocks.

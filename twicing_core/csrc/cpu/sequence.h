@@ -27,24 +27,26 @@ inline constexpr float kLn2 = 0.69314718f;
 // Whether this thread has a problem to itself, and so may choose the order in which its blocks are done.
 inline bool works_alone() { return at::in_parallel_region() || at::get_num_threads() == 1; }
 
-// A is worked on in blocks of rows x chunks of columns, for one product each: every product of another shape costs a
-// third of a microsecond to set up. Its scores are made strip by strip, since 32 x 256 of them stay in the L1 cache.
-inline constexpr int64_t kStrip = 32;
-inline constexpr int64_t kBlock = 128;       // of causal attention more is wasted, along the diagonal
-inline constexpr int64_t kSharedBlock = 64;  // when threads share a problem: enough blocks for all of them
+// A is worked on in blocks of rows x chunks of columns, for one product each. Its scores are made strip by strip, since
+// 32 x 256 of them stay in the L1 cache.
+inline constexpr int64_t kStrip = kTileRows;
 inline constexpr int64_t kChunk = 256;
+inline constexpr int64_t kSharedBlock = 64;  // when threads share a problem: enough blocks for all of them
+// AMX takes a third of a microsecond to set up for a product of another shape, and as long to wake up after a pause.
+// Larger blocks need it less often; of causal attention they waste more, along the diagonal.
+template <typename E>
+inline constexpr int64_t kBlock = kPair<E> == 2 ? 128 : 64;
 // Up to this length full attention is one block, so that A is made once: 512 KiB in BFloat16, part of a core's L2 cache.
 inline constexpr int64_t kWhole = 512;
 
-// The sizes that follow from a problem.
+// The sizes that follow from a problem. `alone`: a thread has it to itself. `block_alone`: kBlock of the element.
 struct Tiling {
-  Tiling(const Problem& problem, bool alone)
+  Tiling(const Problem& problem, bool alone, int64_t block_alone)
       : length(problem.length),
         one_pass(alone && (problem.is_causal || length <= kWhole)),
-        block(std::min(!alone              ? kSharedBlock
-                       : problem.is_causal ? kBlock
-                       : one_pass          ? kWhole
-                                           : kBlock,
+        block(std::min(!alone                              ? kSharedBlock
+                       : one_pass && !problem.is_causal    ? kWhole
+                                                           : block_alone,
                        round_up(length, 32))),
         padded_length(round_up(length, block)),
         depth(round_up(problem.head_dim, 16)),
@@ -106,7 +108,7 @@ void for_each(int64_t count, const F& f) {
 // `from` is padded; `to` may end after `count`.
 template <typename T>
 inline void store_row(T* to, const float* from, int64_t count, float factor) {
-  for (int64_t i = 0; i < count; i += kLanes) store_first(to + i, load(from + i) * factor, count - i);
+  for_vectors(count, [&](int64_t i, int64_t some) { store_first(to + i, load(from + i) * factor, some); });
 }
 
 }  // namespace twicing
