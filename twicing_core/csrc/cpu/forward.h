@@ -1,9 +1,8 @@
 // O = 2U - AU and U = AV of one problem, with A = softmax(scale * Q K^T).
 //
 // A block of query rows meets the keys chunk by chunk under a running maximum. Which products are needed per chunk:
-//   causal, one thread:  S, P [V | U]         blocks in order: a block needs U of itself and of earlier blocks only
-//   short:               S, P V;  P U         P of all blocks stays in cache between the two passes
-//   otherwise:           S, P V;  S, P U      the second pass makes P again, from the maximum
+//   causal or short, one thread:  S, P [V | U]      blocks in order: a block needs U of itself and of earlier blocks only
+//   otherwise:                    S, P V;  S, P U   the second pass makes P again, from the maximum
 #pragma once
 
 #include "sequence.h"
@@ -15,44 +14,51 @@ struct RunningSoftmax {
   float max = -INFINITY;
   float sum = 0.0f;
 
-  // p = 2^(factor * s - max) of the first `valid` scores, zeros up to `padded`. Returns what earlier sums, and
-  // whatever was made of earlier p, must be multiplied by.
-  template <typename E>
-  float add(const float* s, int64_t valid, int64_t padded, float factor, E* p) {
+  // Takes in the first `valid` scores times `factor`. Returns what all that was made under the maximum before, the sum
+  // apart, must be multiplied by.
+  float raise_max(const float* s, int64_t valid, float factor) {
     const int64_t whole = valid / kLanes * kLanes;
     Floats largest = splat(-INFINITY);
     for (int64_t j = 0; j < whole; j += kLanes) largest = twicing::max(load(s + j) * factor, largest);
     if (whole < valid) largest = twicing::max(keep_first(load(s + whole) * factor, valid - whole, -INFINITY), largest);
     const float new_max = std::max(horizontal_max(largest), max);
+    const float keep = max == new_max ? 1.0f : max == -INFINITY ? 0.0f : std::exp2(max - new_max);
+    max = new_max;
+    sum *= keep;
+    return keep;
+  }
 
+  // p = 2^(factor * s - max) of the first `valid` scores, zeros up to `padded`.
+  template <typename E>
+  void add(const float* s, int64_t valid, int64_t padded, float factor, E* p) {
+    const int64_t whole = valid / kLanes * kLanes;
     Floats total = splat(0.0f);
     for (int64_t j = 0; j < whole; j += kLanes) {
-      Floats x = exp2<E>(load(s + j) * factor - new_max);
+      const Floats x = exp2<E>(load(s + j) * factor - max);
       total += x;
       store(p + j, x);
     }
     if (whole < valid) {
-      Floats x = keep_first(exp2<E>(load(s + whole) * factor - new_max), valid - whole, 0.0f);
+      const Floats x = keep_first(exp2<E>(load(s + whole) * factor - max), valid - whole, 0.0f);
       total += x;
       store(p + whole, x);
     }
-    std::fill(p + round_up(valid, kLanes), p + padded, E(0));
-    const float keep = max == new_max ? 1.0f : max == -INFINITY ? 0.0f : std::exp2(max - new_max);
-    sum = sum * keep + horizontal_sum(total);
-    max = new_max;
-    return keep;
+    for (int64_t j = round_up(valid, kLanes); j < padded; j += kLanes) store(p + j, splat(0.0f));
+    sum += horizontal_sum(total);
   }
 
+  float normalizer() const { return 1.0f / sum; }
   float log_sum_exp() const { return (max + std::log2(sum)) * kLn2; }
 };
 
 template <typename E>
 struct ForwardScratch {
   // Of a whole problem.
-  Scratch<E> keys, values, probabilities;
-  Scratch<float> u, max, normalizer;
+  Scratch<E> keys, values;
+  Scratch<RunningSoftmax> softmax;
+  Scratch<float> u;
   // Of one block.
-  Scratch<E> query, p, block_u;
+  Scratch<E> query, p;
   Scratch<float> scores, sums;
 
   static ForwardScratch& of_this_thread() {
@@ -67,25 +73,21 @@ class Forward {
  public:
   Forward(const Problem& problem, Rows<const T> query, Rows<const T> key, Rows<const T> value, Rows<T> output,
           Rows<T> u, float* log_sum_exp)
-      : problem_(problem), tiling_(problem), query_(query), key_(key), value_(value), output_(output), u_(u),
-        log_sum_exp_(log_sum_exp) {
+      : problem_(problem), tiling_(problem, works_alone(), kBlock<E>), query_(query), key_(key), value_(value), output_(output),
+        u_(u), log_sum_exp_(log_sum_exp) {
     auto& scratch = ForwardScratch<E>::of_this_thread();
     keys_ = scratch.keys.get(tiling_.chunks * tiling_.chunk * tiling_.depth);
     values_ = scratch.values.get(tiling_.padded_length * tiling_.width);
-    exact_u_ = scratch.u.get(tiling_.padded_length * tiling_.depth);
-    max_ = scratch.max.get(tiling_.padded_length);
-    normalizer_ = scratch.normalizer.get(tiling_.padded_length);
+    softmax_ = scratch.softmax.get(tiling_.padded_length);
   }
 
   void run() {
-    for_each<E>(tiling_.blocks, [&](int64_t i) { pack_keys_and_values(i * tiling_.block); });
-    if (problem_.is_causal && works_alone()) {
+    for_each<E>(tiling_.blocks, [&](int64_t i) { start_block(i * tiling_.block); });
+    if (tiling_.one_pass) {
       for (int64_t i = 0; i < tiling_.blocks; ++i) sweep(i * tiling_.block);
       return;
     }
-    if (tiling_.resident)
-      probabilities_ =
-          ForwardScratch<E>::of_this_thread().probabilities.get(tiling_.padded_length * tiling_.chunk);
+    exact_u_ = ForwardScratch<E>::of_this_thread().u.get(tiling_.padded_length * tiling_.depth);
     for_each<E>(tiling_.blocks, [&](int64_t i) { smooth(i * tiling_.block); });
     for_each<E>(tiling_.blocks, [&](int64_t i) { smooth_again(i * tiling_.block); });
   }
@@ -95,124 +97,114 @@ class Forward {
     return problem_.is_causal ? std::min(start + tiling_.block, tiling_.length) : tiling_.length;
   }
 
-  void pack_keys_and_values(int64_t start) {
-    const int64_t depth = tiling_.depth, count = tiling_.block_rows(start), first = tiling_.chunk_of(start);
-    E* rows = ForwardScratch<E>::of_this_thread().query.get(tiling_.block * depth);
-    copy_rows(key_, start, count, problem_.head_dim, rows, depth, tiling_.block, depth);
-    pack_transposed(rows, depth, tiling_.block, depth,
-                    keys_ + first * depth + packed_offset<E>(0, start - first, tiling_.chunk), tiling_.chunk);
-    copy_rows(value_, start, count, problem_.head_dim, rows, depth, tiling_.block, depth);
-    pack_rows(rows, depth, tiling_.block, depth, values_ + packed_offset<E>(start, 0, tiling_.width), tiling_.width);
+  int64_t valid_columns(int64_t row, int64_t first, int64_t columns) const {
+    return std::min((problem_.is_causal ? row + 1 : tiling_.length) - first, columns);
   }
 
-  // The scores of a block of queries against the keys [first, first + columns) of one chunk.
-  float* scores(int64_t rows, const E* query, int64_t first, int64_t columns) {
-    float* s = ForwardScratch<E>::of_this_thread().scores.get(tiling_.block * tiling_.chunk);
-    multiply(rows, columns, tiling_.depth, query, tiling_.depth, keys_ + first * tiling_.depth, tiling_.chunk, s,
-             tiling_.chunk, false);
-    return s;
+  // Packs keys and values.
+  void start_block(int64_t start) {
+    const int64_t first = tiling_.chunk_of(start);
+    pack_transposed(rows_of(key_, problem_, start, tiling_.block),
+                    keys_ + first * tiling_.depth + packed_offset<E>(0, start - first, tiling_.chunk), tiling_.chunk);
+    pack_rows(rows_of(value_, problem_, start, tiling_.block), values_at(start), tiling_.width);
+    std::fill_n(softmax_ + start, tiling_.block, RunningSoftmax{});
   }
 
-  const E* load_query(int64_t start, int64_t count, int64_t rows) {
-    E* query = ForwardScratch<E>::of_this_thread().query.get(tiling_.block * tiling_.depth);
-    copy_rows(query_, start, count, problem_.head_dim, query, tiling_.depth, rows, tiling_.depth);
-    return query;
+  // V and U of the positions from `start` on, as a right operand of `width` columns.
+  E* values_at(int64_t start) const { return values_ + packed_offset<E>(start, 0, tiling_.width); }
+  E* u_at(int64_t start) const { return values_ + packed_offset<E>(start, tiling_.depth, tiling_.width); }
+
+  // Calls f(row, rows, s) for strips of the queries [start, start + count), with their scores against a chunk of keys.
+  template <typename F>
+  void for_scores(int64_t start, int64_t count, int64_t first, int64_t columns, const F& f) {
+    auto& scratch = ForwardScratch<E>::of_this_thread();
+    const int64_t depth = tiling_.depth, chunk = tiling_.chunk;
+    float* scores = scratch.scores.get(kStrip * chunk);
+    E* copy = scratch.query.get(kStrip * depth);
+    for (int64_t strip = start; strip < start + count; strip += kStrip) {
+      const int64_t rows = std::min(kStrip, start + count - strip), padded = round_up(rows, kStep<E>);
+      const Left<E> query = left_operand(rows_of(query_, problem_, strip, padded), copy);
+      multiply(padded, columns, depth, query.data, query.stride, keys_ + first * depth, chunk, scores, chunk, false);
+      f(strip, rows, scores);
+    }
   }
 
-  // Causal: U and O of one block, when U of all blocks before it is known.
+  // P of a block and one chunk. What was summed under a smaller maximum is rescaled.
+  void add_chunk(int64_t start, int64_t count, int64_t first, int64_t columns, E* p, float* sums, int64_t width) {
+    const float factor = problem_.scale_log2();
+    const int64_t chunk = tiling_.chunk;
+    for_scores(start, count, first, columns, [&](int64_t strip, int64_t rows, const float* s) {
+      // Two loops, since the maximum of one row need not be waited for while the others' are at work.
+      for (int64_t row = 0; row < rows; ++row) {
+        const int64_t valid = valid_columns(strip + row, first, columns);
+        const float keep = softmax_[strip + row].raise_max(s + row * chunk, valid, factor);
+        if (first > 0 && keep != 1.0f)
+          for (int64_t i = 0; i < width; ++i) sums[(strip - start + row) * width + i] *= keep;
+      }
+      for (int64_t row = 0; row < rows; ++row)
+        softmax_[strip + row].add(s + row * chunk, valid_columns(strip + row, first, columns), columns, factor,
+                                  p + (strip - start + row) * chunk);
+    });
+  }
+
+  // Causal or short: U and O of one block, when U of all blocks before it is known.
   void sweep(int64_t start) {
     auto& scratch = ForwardScratch<E>::of_this_thread();
     const int64_t depth = tiling_.depth, width = tiling_.width, chunk = tiling_.chunk;
-    const int64_t count = tiling_.block_rows(start), rows = round_up(count, 16), end = end_of_keys(start);
-    const E* query = load_query(start, count, rows);
+    const int64_t count = tiling_.block_rows(start), rows = round_up(count, kStep<E>), end = end_of_keys(start);
     E* p = scratch.p.get(tiling_.block * chunk);
     float* sums = scratch.sums.get(tiling_.block * width);  // [P V | P U]
-    RunningSoftmax softmax[kMaxBlock];
 
     for (int64_t first = 0; first < end; first += chunk) {
-      const int64_t columns = round_up(std::min(chunk, end - first), 16);
+      const int64_t columns = round_up(std::min(chunk, end - first), kStep<E>);
       const int64_t before = std::min(chunk, start - first);  // columns whose U is known
-      add_chunk(start, count, first, columns, scores(rows, query, first, columns), softmax, p, sums, width);
+      add_chunk(start, count, first, columns, p, sums, width);
       if (before > 0)
-        multiply(rows, width, before, p, chunk, values_ + packed_offset<E>(first, 0, width), width, sums, width,
-                 first > 0);
-      else if (first == 0)
-        std::fill(sums, sums + rows * width, 0.0f);  // the first block of all
+        multiply(rows, width, before, p, chunk, values_at(first), width, sums, width, first > 0);
       if (before < columns) {
-        multiply(rows, depth, columns - before, p + before, chunk, values_ + packed_offset<E>(start, 0, width), width,
-                 sums, width, true);
-        finish_u(start, count, softmax, sums, width);
-        multiply(rows, depth, columns - before, p + before, chunk,
-                 values_ + packed_offset<E>(start, depth, width), width, sums + depth, width, true);
+        const int64_t own = columns - before;
+        multiply(rows, depth, own, p + before, chunk, values_at(start), width, sums, width, start > 0);
+        finish_u(start, count, sums, width);
+        multiply(rows, depth, own, p + before, chunk, u_at(start), width, sums + depth, width, start > 0);
       }
     }
-    for (int64_t row = 0; row < count; ++row) {
-      const float* pv = sums + row * width;
-      write_output(start + row, pv, 1.0f / softmax[row].sum, pv + depth, 1.0f / softmax[row].sum);
-    }
+    for (int64_t row = 0; row < count; ++row) write_output(start + row, sums + row * width, sums + row * width + depth);
   }
 
   // The first of two passes: U and the log-sum-exp of one block.
   void smooth(int64_t start) {
-    auto& scratch = ForwardScratch<E>::of_this_thread();
-    const int64_t depth = tiling_.depth, width = tiling_.width, chunk = tiling_.chunk;
-    const int64_t count = tiling_.block_rows(start), rows = round_up(count, 16), end = end_of_keys(start);
-    const E* query = load_query(start, count, rows);
-    E* p = tiling_.resident ? probabilities_ + start * chunk : scratch.p.get(tiling_.block * chunk);
-    float* sums = scratch.sums.get(tiling_.block * width);
-    RunningSoftmax softmax[kMaxBlock];
+    const int64_t depth = tiling_.depth, chunk = tiling_.chunk;
+    const int64_t count = tiling_.block_rows(start), rows = round_up(count, kStep<E>), end = end_of_keys(start);
+    E* p = ForwardScratch<E>::of_this_thread().p.get(tiling_.block * chunk);
+    float* sums = exact_u_ + start * depth;
 
     for (int64_t first = 0; first < end; first += chunk) {
-      const int64_t columns = round_up(std::min(chunk, end - first), 16);
-      add_chunk(start, count, first, columns, scores(rows, query, first, columns), softmax, p, sums, depth);
-      multiply(rows, depth, columns, p, chunk, values_ + packed_offset<E>(first, 0, width), width, sums, depth,
-               first > 0);
+      const int64_t columns = round_up(std::min(chunk, end - first), kStep<E>);
+      add_chunk(start, count, first, columns, p, sums, depth);
+      multiply(rows, depth, columns, p, chunk, values_at(first), tiling_.width, sums, depth, first > 0);
     }
-    finish_u(start, count, softmax, sums, depth);
-    for (int64_t row = 0; row < count; ++row) {
-      normalizer_[start + row] = 1.0f / softmax[row].sum;
-      for (int64_t i = 0; i < depth; ++i)
-        exact_u_[(start + row) * depth + i] = sums[row * depth + i] * normalizer_[start + row];
-    }
+    finish_u(start, count, sums, depth);
   }
 
   // The second: A U, hence O, of one block.
   void smooth_again(int64_t start) {
     auto& scratch = ForwardScratch<E>::of_this_thread();
-    const int64_t depth = tiling_.depth, width = tiling_.width, chunk = tiling_.chunk;
-    const int64_t count = tiling_.block_rows(start), rows = round_up(count, 16), end = end_of_keys(start);
-    const E* query = tiling_.resident ? nullptr : load_query(start, count, rows);
-    float* sums = scratch.sums.get(tiling_.block * width);
+    const int64_t depth = tiling_.depth, chunk = tiling_.chunk;
+    const int64_t count = tiling_.block_rows(start), rows = round_up(count, kStep<E>), end = end_of_keys(start);
+    E* p = scratch.p.get(tiling_.block * chunk);
+    float* sums = scratch.sums.get(tiling_.block * depth);
 
     for (int64_t first = 0; first < end; first += chunk) {
-      const int64_t columns = round_up(std::min(chunk, end - first), 16);
-      E* p = tiling_.resident ? probabilities_ + start * chunk : scratch.p.get(tiling_.block * chunk);
-      if (!tiling_.resident) {
-        const float* s = scores(rows, query, first, columns);
-        for (int64_t row = 0; row < count; ++row)
-          exponentials(s + row * chunk, valid_columns(start + row, first, columns), columns, max_[start + row],
-                       p + row * chunk);
-      }
-      multiply(rows, depth, columns, p, chunk, values_ + packed_offset<E>(first, depth, width), width, sums, depth,
-               first > 0);
+      const int64_t columns = round_up(std::min(chunk, end - first), kStep<E>);
+      for_scores(start, count, first, columns, [&](int64_t strip, int64_t rows, const float* s) {
+        for (int64_t row = 0; row < rows; ++row)
+          exponentials(s + row * chunk, valid_columns(strip + row, first, columns), columns, softmax_[strip + row].max,
+                       p + (strip - start + row) * chunk);
+      });
+      multiply(rows, depth, columns, p, chunk, u_at(first), tiling_.width, sums, depth, first > 0);
     }
-    for (int64_t row = start; row < start + count; ++row)
-      write_output(row, exact_u_ + row * depth, 1.0f, sums + (row - start) * depth, normalizer_[row]);
-  }
-
-  int64_t valid_columns(int64_t row, int64_t first, int64_t columns) const {
-    return std::min((problem_.is_causal ? row + 1 : tiling_.length) - first, columns);
-  }
-
-  // P of one chunk; what was summed under a smaller maximum is rescaled.
-  void add_chunk(int64_t start, int64_t count, int64_t first, int64_t columns, const float* s, RunningSoftmax* softmax,
-                 E* p, float* sums, int64_t width) {
-    for (int64_t row = 0; row < count; ++row) {
-      const float keep = softmax[row].add(s + row * tiling_.chunk, valid_columns(start + row, first, columns), columns,
-                                          problem_.scale_log2(), p + row * tiling_.chunk);
-      if (first > 0 && keep != 1.0f)
-        for (int64_t i = 0; i < width; ++i) sums[row * width + i] *= keep;
-    }
+    for (int64_t row = 0; row < count; ++row)
+      write_output(start + row, exact_u_ + (start + row) * depth, sums + row * depth);
   }
 
   // P of one row of a chunk, as the first pass had it at its end. From the log-sum-exp it would lose accuracy: where
@@ -223,25 +215,28 @@ class Forward {
     std::fill(p + valid, p + columns, E(0));
   }
 
-  // Stores U of one block, packs it for the second product, and stores the log-sum-exp.
-  void finish_u(int64_t start, int64_t count, const RunningSoftmax* softmax, const float* sums, int64_t width) {
+  // Normalizes U of one block where it was summed, stores it and the log-sum-exp, and packs it for the second product.
+  void finish_u(int64_t start, int64_t count, float* sums, int64_t stride) {
     const int64_t depth = tiling_.depth;
-    E* block = ForwardScratch<E>::of_this_thread().block_u.get(tiling_.block * depth);
     for (int64_t row = 0; row < count; ++row) {
-      const float normalizer = 1.0f / softmax[row].sum;
-      store_row(block + row * depth, sums + row * width, depth, normalizer);
-      store_row(u_[start + row], sums + row * width, problem_.head_dim, normalizer);
-      max_[start + row] = softmax[row].max;
-      log_sum_exp_[start + row] = softmax[row].log_sum_exp();
+      const RunningSoftmax& softmax = softmax_[start + row];
+      store_row(sums + row * stride, sums + row * stride, depth, softmax.normalizer());
+      store_row(u_[start + row], sums + row * stride, problem_.head_dim, 1.0f);
+      log_sum_exp_[start + row] = softmax.log_sum_exp();
     }
-    std::fill(block + count * depth, block + tiling_.block * depth, E(0));
-    pack_rows(block, depth, tiling_.block, depth, values_ + packed_offset<E>(start, depth, tiling_.width), tiling_.width);
+    if constexpr (std::is_same_v<T, E>)
+      pack_rows(rows_of(Rows<const T>{u_.data, u_.stride}, problem_, start, tiling_.block), u_at(start), tiling_.width);
+    else
+      pack_rows(Padded<float>{{sums, stride}, count, tiling_.block, depth, depth}, u_at(start), tiling_.width);
   }
 
-  void write_output(int64_t row, const float* u, float u_factor, const float* w, float w_factor) {
+  // O = 2U - AU from U, exactly since rounding it would be most of the error of O, and from P U.
+  void write_output(int64_t row, const float* u, const float* pu) {
     T* output = output_[row];
-    for (int64_t i = 0; i < problem_.head_dim; i += kLanes)
-      store_first(output + i, load(u + i) * (2.0f * u_factor) - load(w + i) * w_factor, problem_.head_dim - i);
+    const float normalizer = softmax_[row].normalizer();
+    for_vectors(problem_.head_dim, [&](int64_t i, int64_t some) {
+      store_first(output + i, load(u + i) * 2.0f - load(pu + i) * normalizer, some);
+    });
   }
 
   Problem problem_;
@@ -251,9 +246,8 @@ class Forward {
   float* log_sum_exp_;  // (length,), natural logarithm
   E* keys_;             // K^T packed, chunk by chunk: (chunks, depth, chunk)
   E* values_;           // [V | U] packed: (padded_length, 2 depth)
-  E* probabilities_ = nullptr;  // P if it stays: (padded_length, chunk)
-  float* exact_u_;              // (padded_length, depth): rounding 2U would be most of the error of O
-  float *max_, *normalizer_;     // of each row: the largest score, and 1 / (sum of P)
+  RunningSoftmax* softmax_;    // (padded_length,)
+  float* exact_u_ = nullptr;   // of two passes: (padded_length, depth)
 };
 
 }  // namespace twicing

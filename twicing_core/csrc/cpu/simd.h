@@ -94,11 +94,32 @@ inline void store_first(X* to, Floats x, int64_t count) {
   std::memcpy(static_cast<void*>(to), some, count * sizeof(X));
 }
 
+inline void negate(float* x) { store(x, -load(x)); }
+
+inline void negate(c10::BFloat16* x) {
+  const Shorts bits = load_as<Shorts>(x) ^ 0x8000;
+  std::memcpy(static_cast<void*>(x), &bits, sizeof(bits));
+}
+
+// Calls f(i, some) for each vector of `count` elements; `some` is kLanes, a constant once inlined, except of the last.
+template <typename F>
+inline __attribute__((always_inline)) void for_vectors(int64_t count, const F& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) f(i, int64_t{kLanes});
+  if (i < count) f(i, count - i);
+}
+
+template <typename X>
+inline Shorts load_bfloat16(const X* from) {
+  return round_to_bfloat16(load(from));
+}
+
+inline Shorts load_bfloat16(const c10::BFloat16* from) { return load_as<Shorts>(from); }
+
 // Rows of two: to[2i] = even[i], to[2i + 1] = odd[i].
-inline void store_pairs(c10::BFloat16* to, Floats even, Floats odd) {
+inline void store_pairs(c10::BFloat16* to, Shorts even, Shorts odd) {
   typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
-  Words pairs = __builtin_convertvector(round_to_bfloat16(even), Words) |
-                (__builtin_convertvector(round_to_bfloat16(odd), Words) << 16);
+  Words pairs = __builtin_convertvector(even, Words) | (__builtin_convertvector(odd, Words) << 16);
   std::memcpy(to, &pairs, sizeof(pairs));
 }
 
@@ -111,12 +132,23 @@ inline Floats max(Floats a, Floats b) {
 #endif
 }
 
+// Lane i of the result is lane index[i] of x; from kLanes on, of y. The indices must be constants.
+inline Ints shuffle(Ints x, Ints y, Ints index) {
+#if defined(__clang__)
+  Ints result;  // its optimizer sees the shuffle
+  for (int lane = 0; lane < kLanes; ++lane) result[lane] = index[lane] < kLanes ? x[index[lane]] : y[index[lane] - kLanes];
+  return result;
+#else
+  return __builtin_shuffle(x, y, index);
+#endif
+}
+
 // Lane i of the result is lane i ^ kDistance of x.
 template <int kDistance>
 inline Floats swap_lanes(Floats x) {
   Ints other;
   for (int lane = 0; lane < kLanes; ++lane) other[lane] = lane ^ kDistance;
-  return __builtin_shuffle(x, other);
+  return (Floats)shuffle((Ints)x, (Ints)x, other);
 }
 
 inline float horizontal_max(Floats x) {

@@ -1,0 +1,135 @@
+"""Times whole training steps of a recipe, with twicing and with plain softmax attention, in one run.
+
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m benchmarks.step configs/language/quickstart.yaml
+
+The recipe's own model, DeepSpeed engine and batches, one model for each candidate. Every round takes one step with each,
+one after the other on the same batch, so that what else the machine does falls on all alike. What is not timed: waiting
+for data, which runs report themselves as `data_wait`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train import distributed
+from train.config import AnyConfig, LanguageConfig, load_config
+from train.data.loader import build_data
+from train.distributed import Ranks
+from train.engine import build_engine, resolve_precision
+from train.tasks import Batch, Task, build_task, targets
+
+PARTS = ("forward", "backward", "optimizer")
+
+
+@dataclass
+class Candidate:
+    """A model in its engine. `separate`: whether attention keeps the documents of a row apart."""
+
+    name: str
+    engine: Any
+    separate: bool = True
+    seconds: list[tuple[float, ...]] = field(default_factory=list)  # of each part, step by step
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.splitlines()[0])
+    parser.add_argument("config", help="recipe, such as configs/language/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
+    parser.add_argument("--rounds", type=int, default=40, help="of one step with each candidate (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+    options = parser.parse_intermixed_args()
+    config = load_config(options.config, options.overrides)
+    ranks = distributed.start()
+    try:
+        _run(config, options, ranks)
+    finally:
+        distributed.stop()
+    return 0
+
+
+def _run(config: AnyConfig, options: argparse.Namespace, ranks: Ranks) -> None:
+    data = build_data(config, ranks.rank, ranks.world_size)
+    task = build_task(config, data.tokenizer_path, ranks.device)
+    candidates = _candidates(config, ranks)
+    batches = data.train_batches(first_n=0)
+    for measured in [False] * 3 + [True] * options.rounds:
+        batch = {key: value.to(ranks.device) for key, value in next(batches).items()}
+        for candidate in candidates:
+            seconds = _step(candidate, task, batch)
+            if measured:
+                candidate.seconds.append(seconds)
+    if ranks.is_main:
+        threads = torch.get_num_threads()
+        print(f"{options.config}, {ranks.world_size} ranks of {threads} threads, torch {torch.__version__}")
+        for line in table(candidates):
+            print(line)
+        if options.json:
+            written = {c.name: [dict(zip(PARTS, step, strict=True)) for step in c.seconds] for c in candidates}
+            options.json.write_text(json.dumps(written, indent=2) + "\n")
+
+
+def _candidates(config: AnyConfig, ranks: Ranks) -> list[Candidate]:
+    """Softmax first: all others are compared with it."""
+    found = [_candidate("softmax: one SDPA", config, ranks, twicing_layers="none")]
+    if isinstance(config, LanguageConfig):
+        # The cheapest plain transformer: torch has no attention over packed documents on the CPU.
+        found.append(Candidate("softmax, documents mixed", found[0].engine, separate=False))
+    for backend in ("auto", "composed"):
+        name = f"twicing: {backend}"
+        found.append(_candidate(name, config, ranks, twicing_layers="all", attention_backend=backend))
+    return found
+
+
+def _candidate(name: str, config: AnyConfig, ranks: Ranks, **model_settings: str) -> Candidate:
+    config = deepcopy(config)
+    for key, value in model_settings.items():
+        setattr(config.model, key, value)
+    torch.manual_seed(config.train.seed)
+    model = build_task(config, None, ranks.device).build_model()
+    precision = resolve_precision(config.train.precision, ranks.device)
+    return Candidate(name, build_engine(model, config, ranks.world_size, precision))
+
+
+def _step(candidate: Candidate, task: Task, batch: Batch) -> tuple[float, ...]:
+    """One step as the training loop makes it, on one micro-batch; seconds of its parts."""
+    engine, separate = candidate.engine, candidate.separate
+    engine.train()
+    times = [time.perf_counter()]
+    loss = task.loss_sum(engine, batch if separate else batch | {"cu_seqlens": None}, 0)
+    times.append(time.perf_counter())
+    engine.backward(loss / targets(batch, task.units_per_sample), scale_wrt_gas=False)
+    times.append(time.perf_counter())
+    engine.step()
+    times.append(time.perf_counter())
+    return tuple(end - start for start, end in pairwise(times))
+
+
+def table(candidates: list[Candidate]) -> Iterator[str]:
+    """One line a candidate: its time over that of the first, then medians in milliseconds and the spread.
+
+    The ratio is the median of the rounds' ratios; the spread is (third - first quartile) / median of whole steps.
+    """
+    yield f"{'':24s}  ratio   step ms" + "".join(f"{part:>11s}" for part in PARTS)
+    first = [sum(step) for step in candidates[0].seconds]
+    for candidate in candidates:
+        whole = [sum(step) for step in candidate.seconds]
+        ratio = statistics.median(one / other for one, other in zip(whole, first, strict=True))
+        low, middle, high = statistics.quantiles(whole, n=4)
+        parts = "".join(f"{1e3 * statistics.median(part):11.1f}" for part in zip(*candidate.seconds, strict=True))
+        yield f"{candidate.name:24s}  {ratio:5.2f}  {1e3 * middle:6.1f} ±{(high - low) / middle:3.0%}{parts}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
