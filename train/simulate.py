@@ -149,7 +149,7 @@ def simulate_data(config: AnyConfig, world_size: int, samples: int | None) -> st
             f"data: {order.samples:,} samples in {len(sizes)} shards ({source})",
             f"an epoch: {each:,} samples for every rank, from {order.lanes // world_size} lanes; no sample twice, "
             f"{left_out:,} left out, others in each epoch",
-            f"a step: {gradient_accumulation_steps(config, world_size)} micro-batches of {micro} on every rank; "
+            f"a step: {gradient_accumulation_steps(config, world_size)} x {micro} samples on every rank; "
             f"{order.samples_per_epoch / config.train.global_batch_size:,.1f} steps an epoch, {config.train.steps:,} in all",
         ]
     )

@@ -110,6 +110,11 @@ def state_memory(
     return _offloaded(memory, zero, share, item)
 
 
+def checkpoint_bytes(parameters: int, precision: str) -> tuple[int, int]:
+    """Of a checkpoint: (the ranks' parts of the training state, the weights whole). The rest is small."""
+    return (FLOAT32 + MOMENTS) * parameters, (4 if precision == "fp32" else 2) * parameters
+
+
 def _gathered(zero: DeepSpeedZeroConfig, parameters: int, item: int, kept_weights: int) -> int:
     if keeps_all_gathered(zero, parameters):
         return item * parameters

@@ -15,7 +15,7 @@ from train.engine import gradient_accumulation_steps, zero_settings
 from train.estimate.activations import Activations, trace_activations, trace_head
 from train.estimate.communication import Collective, collectives
 from train.estimate.gpus import GIB, Gpu
-from train.estimate.memory import state_memory, zero_config
+from train.estimate.memory import checkpoint_bytes, state_memory, zero_config
 from train.models.attention import planned_backend
 from train.models.flops import model_flops_per_sample
 from train.precision import DTYPES
@@ -220,8 +220,7 @@ def time_and_cost(plan: Plan, dollars_per_gpu_hour: float | None) -> str:
 
 def storage(plan: Plan, filesystem_bandwidth: float) -> str:
     """`filesystem_bandwidth` in bytes/s, over all nodes."""
-    weights = plan.parameters * DTYPES[plan.precision].itemsize
-    checkpoint = 12 * plan.parameters + weights
+    checkpoint = sum(checkpoint_bytes(plan.parameters, plan.precision))
     fast, slow = step_seconds(plan)
     samples = plan.config.train.global_batch_size / plan.nodes
     data = [samples / seconds * plan.bytes_per_sample / 1e6 for seconds in (slow, fast)]

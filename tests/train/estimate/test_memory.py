@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
+from train import training_state
 from train.config import AnyConfig, load_config
 from train.distributed import Ranks
 from train.engine import build_engine, gradient_accumulation_steps, zero_settings
 from train.estimate.activations import Activations, trace_activations
 from train.estimate.communication import collectives
 from train.estimate.live_memory import LiveBytes
-from train.estimate.memory import state_memory, zero_config
+from train.estimate.memory import checkpoint_bytes, state_memory, zero_config
 from train.models.attention import backend_in_use
 from train.precision import DTYPES
 from train.tasks import build_task
@@ -163,6 +164,8 @@ def _measure(ranks: Ranks, config: AnyConfig, precision: str) -> tuple[dict[str,
             engine.step()
             gc.collect()
             measured["step"], measured["state"] = meter.peak, meter.now
+    if engine.zero_optimization_stage() > 0:  # without ZeRO, rank 0 writes all of it
+        measured["checkpoint"] = sum(tensor.nbytes for tensor in training_state.collect(engine)[0].values())
     engine.destroy()
     return measured, meter.collectives
 
@@ -182,6 +185,7 @@ def _predict(config: AnyConfig, precision: str, world_size: int) -> tuple[dict[s
         "backward": memory.backward_peak(traced.peak) + memory.host,
         "step": memory.weights + memory.optimizer + memory.step + memory.host,
         "state": between_steps,
+        "checkpoint": checkpoint_bytes(parameters, precision)[0] // world_size,
     }
     blocks = sum(p.numel() for p in model.get_submodule("blocks").parameters())
     recomputed = blocks if config.train.activation_checkpointing else 0
