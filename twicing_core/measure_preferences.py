@@ -60,12 +60,15 @@ def measure(shape: Shape, device: str, rounds: int) -> dict[str, float]:
         "composed forward": lambda: attend(*qkv, **options),
         "composed training": lambda: torch.autograd.grad(attend(*leaves, **options), leaves, grad_output),
     }
-    saved = torch.ops.twicing.forward(*qkv, None, is_causal, scale, "long")
-    for kernel in preferences.KERNELS:
+    call = (None, is_causal, scale)
+    saved = torch.ops.twicing.forward(*qkv, *call, "long")
+    for kernel in preferences.FORWARD_KERNELS:
         if preferences.fits(kernel, seq, head_dim, is_causal):
-            call = (None, is_causal, scale, kernel)
-            steps[f"{kernel} forward"] = partial(torch.ops.twicing.forward, *qkv, *call)
-            steps[f"{kernel} backward"] = partial(torch.ops.twicing.backward, grad_output, *qkv, *saved, *call, False)
+            steps[f"{kernel} forward"] = partial(torch.ops.twicing.forward, *qkv, *call, kernel)
+    for kernel in preferences.BACKWARD_KERNELS:
+        if preferences.fits(kernel, seq, head_dim, is_causal):
+            arguments = (grad_output, *qkv, *saved, *call, kernel, False)
+            steps[f"{kernel} backward"] = partial(torch.ops.twicing.backward, *arguments)
     for step in steps.values():
         step()
     samples: dict[str, list[float]] = {name: [] for name in steps}
@@ -78,11 +81,11 @@ def measure(shape: Shape, device: str, rounds: int) -> dict[str, float]:
 def fastest(times: dict[str, float]) -> Preference:
     """Returns the fastest forward; and of the fastest pair of kernels and two calls of torch's, the faster training."""
 
-    def best(direction: str) -> str:
-        names = [name for name in preferences.KERNELS if f"{name} {direction}" in times]
-        return min(names, key=lambda name: times[f"{name} {direction}"])
+    def best(names: tuple[str, ...], direction: str) -> str:
+        return min((name for name in names if f"{name} {direction}" in times), key=lambda n: times[f"{n} {direction}"])
 
-    forward, backward = best("forward"), best("backward")
+    forward = best(preferences.FORWARD_KERNELS, "forward")
+    backward = best(preferences.BACKWARD_KERNELS, "backward")
     ours = times[f"{forward} forward"]
     inference = forward if ours <= times["composed forward"] else COMPOSED
     if ours + times[f"{backward} backward"] > times["composed training"]:

@@ -4,6 +4,9 @@ Nobody has timed these kernels on a GPU yet: `GUESSES` is arithmetic, with its r
 with a GPU, `python -m twicing_core.bench --device cuda --save-preferences` times what there is to choose from, and
 writes the fastest to ``$TWICING_CACHE/preferences.json`` (or ``~/.cache/twicing``); for that kind of GPU it then replaces
 the guesses.
+
+The guesses never name the wavefront: it needs 3 and 7 products instead of 4 and 8, but its blocks wait for each other, and
+how long only a device can tell.
 """
 
 from __future__ import annotations
@@ -18,7 +21,10 @@ import torch
 from torch import Tensor
 
 COMPOSED = "composed"
-KERNELS = ("long",)
+# "long" does every call: two launches. "wavefront" is one launch for causal ones; of its forward there are two sizes.
+FORWARD_KERNELS = ("long", "wavefront", "wavefront_lag1")
+BACKWARD_KERNELS = ("long", "wavefront")
+WAVEFRONT_HEAD_DIM = 128  # at most
 REGIMES = ("short", "causal", "full")  # rows of up to SHORT_SEQ positions and heads of up to SHORT_HEAD_DIM; all others
 SHORT_SEQ, SHORT_HEAD_DIM = 256, 64
 
@@ -69,8 +75,8 @@ def regime(seq: int, head_dim: int, is_causal: bool) -> str:
 
 
 def fits(kernel: str, seq: int, head_dim: int, is_causal: bool) -> bool:
-    """Whether a kernel does such calls; "long" does all."""
-    return kernel == "long"
+    """Whether a kernel does such calls."""
+    return kernel == "long" or (is_causal and head_dim <= WAVEFRONT_HEAD_DIM)
 
 
 def preference_of(query: Tensor, is_causal: bool) -> Preference:
@@ -84,18 +90,19 @@ def forward_kernel(query: Tensor, is_causal: bool, training: bool) -> str:
     if query.device.type != "cuda":
         return "long"
     preference = preference_of(query, is_causal)
-    return _kernel(preference.training if training else preference.inference)
+    return _fitting(preference.training if training else preference.inference, query, is_causal)
 
 
 def backward_kernel(query: Tensor, is_causal: bool) -> str:
     """Returns the kernel for the backward of a call that `forward_kernel` was asked for."""
     if query.device.type != "cuda":
         return "long"
-    return _kernel(preference_of(query, is_causal).backward)
+    return _fitting(preference_of(query, is_causal).backward, query, is_causal)
 
 
-def _kernel(preferred: str) -> str:
-    return "long" if preferred == COMPOSED else preferred
+def _fitting(preferred: str, query: Tensor, is_causal: bool) -> str:
+    _, _, seq, head_dim = query.shape
+    return preferred if preferred != COMPOSED and fits(preferred, seq, head_dim, is_causal) else "long"
 
 
 def guess(capability: tuple[int, int]) -> dict[str, Preference]:
@@ -150,8 +157,9 @@ def parse(text: str) -> dict[str, dict[str, Preference]]:
             if set(choices) != {"inference", "training", "backward"}:
                 raise ValueError(f"{place}: must have inference, training and backward, has {', '.join(choices)}")
             for key, choice in choices.items():
-                if choice not in (*KERNELS, COMPOSED):
-                    raise ValueError(f"{place}, {key} is {choice!r}; it may be {', '.join((*KERNELS, COMPOSED))}")
+                allowed = (*(BACKWARD_KERNELS if key == "backward" else FORWARD_KERNELS), COMPOSED)
+                if choice not in allowed:
+                    raise ValueError(f"{place}, {key} is {choice!r}; it may be {', '.join(allowed)}")
             if (choices["training"] == COMPOSED) != (choices["backward"] == COMPOSED):
                 raise ValueError(f"{place}: training and backward are both {COMPOSED}, or neither")
             result[device][name] = Preference(**choices, reason="measured on this device")

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from emulated import BUILD, COMPILE, EMULATOR, KERNELS
+from emulated import BUILD, COMPILE, EMULATOR, KERNELS, MACHINE
 
 from twicing_core.build_cuda import TARGET_VERSION
 
@@ -21,8 +21,9 @@ def build_twin(kernels: Sequence[tuple[str, int]] = ELEMENT_HEAD_DIMS) -> Path:
     """Returns the library's path; it is kept until a source changes."""
     root = Path(torch.__file__).parent
     flags = [*COMPILE, "-O1", "-Wno-unknown-pragmas", f"-I{EMULATOR}", f"-I{KERNELS}"]
-    sources = sorted(path for folder in (EMULATOR, KERNELS) for path in folder.iterdir() if path.suffix != ".md")
-    digest = hashlib.sha256(repr((flags, kernels, torch.__version__)).encode())
+    sources = [Path(__file__)]  # which says how
+    sources += sorted(path for folder in (EMULATOR, KERNELS) for path in folder.iterdir() if path.suffix != ".md")
+    digest = hashlib.sha256(repr((kernels, torch.__version__)).encode())
     for source in sources:
         digest.update(source.read_bytes())
     library = BUILD / f"binding_{digest.hexdigest()[:16]}.so"
@@ -38,7 +39,7 @@ def build_twin(kernels: Sequence[tuple[str, int]] = ELEMENT_HEAD_DIMS) -> Path:
     ]
     with TemporaryDirectory(dir=BUILD) as folder, ThreadPoolExecutor() as threads:
         commands = {f"{folder}/library.o": [*torch_flags, KERNELS / "library.cpp"]}
-        commands[f"{folder}/simt.o"] = [EMULATOR / "simt.cpp"]
+        commands |= {f"{folder}/{name}.o": [EMULATOR / name] for name in MACHINE}
         for element, head_dim in kernels:
             defines = [f"-DELEMENT={element}", f"-DHEAD_DIM={head_dim}"]
             commands[f"{folder}/{element}_{head_dim}.o"] = [*defines, EMULATOR / "binding.cpp"]
@@ -47,7 +48,7 @@ def build_twin(kernels: Sequence[tuple[str, int]] = ELEMENT_HEAD_DIMS) -> Path:
             subprocess.run([*flags, "-c", *commands[target], "-o", target], check=True)
 
         list(threads.map(compile_object, commands))
-        link = [*COMPILE, *commands, f"-L{root / 'lib'}", "-ltorch_cpu", "-o", f"{folder}/library.so"]
+        link = [*COMPILE, *commands, f"-L{root / 'lib'}", "-ltorch_cpu", "-Wl,-z,defs", "-o", f"{folder}/library.so"]
         subprocess.run(link, check=True)
         Path(folder, "library.so").rename(library)
     return library

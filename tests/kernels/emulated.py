@@ -17,6 +17,7 @@ REPOSITORY = Path(__file__).parents[2]
 EMULATOR = Path(__file__).parent / "emulator"
 KERNELS = REPOSITORY / "twicing_core" / "csrc" / "cuda"
 BUILD = REPOSITORY / "build" / "emulator"
+MACHINE = ("simt.cpp", "memory.cpp")  # the emulator itself, which every program needs
 COMPILE = ["g++", "-std=c++20", "-mavx2", "-mfma", "-mf16c", "-fPIC", "-shared"]
 OPTIONS = ("-O2", "-Wall", "-Wextra", "-Wno-unknown-pragmas")  # the pragmas are nvcc's
 ELEMENTS = {torch.bfloat16: "Bf16", torch.float16: "Fp16"}
@@ -48,7 +49,7 @@ def build(program: str, *defines: str, kernels: Path = KERNELS, options: tuple[s
             "-o",
             str(unfinished),
         ]
-        subprocess.run([*command, *(str(EMULATOR / name) for name in (program, "simt.cpp", "memory.cpp"))], check=True)
+        subprocess.run([*command, *(str(EMULATOR / name) for name in (program, *MACHINE))], check=True)
         unfinished.rename(library)
     return library
 

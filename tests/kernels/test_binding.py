@@ -17,7 +17,7 @@ from binding import build_twin
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from twicing_core import fused, reference, twicing_attention
+from twicing_core import fused, preferences, reference, twicing_attention
 
 forward, backward = torch.ops.twicing.forward, torch.ops.twicing.backward
 OFFSETS = torch.tensor([0, 1, 30, 30, 70, 75, 140], dtype=torch.int32)
@@ -66,6 +66,22 @@ def check_values_and_gradients():
 def check_causal_grouped():
     qkv = make_qkv(key_heads=2, head_dim=32, dtype=torch.float16)
     assert_within_the_rule(lambda *qkv: attend(*qkv, is_causal=True), qkv, is_causal=True)
+
+
+def check_every_kernel_and_pair_of_kernels():
+    """Whatever forward and backward meet, what one saved is what the other needs."""
+    qkv, grad_output = make_qkv(key_heads=2), make(2, 4, 70, 16, seed=3)
+    call = (OFFSETS, True, 0.25)
+    outputs = [forward(*qkv, *call, kernel) for kernel in preferences.FORWARD_KERNELS]
+    results = [
+        (saved[0], *backward(grad_output, *qkv, *saved, *call, kernel, deterministic))
+        for saved in outputs
+        for kernel in preferences.BACKWARD_KERNELS
+        for deterministic in (False, True)
+    ]
+    for result in results[1:]:
+        for one, other in zip(result, results[0], strict=True):
+            torch.testing.assert_close(one, other, atol=0.02, rtol=0.02)  # a few roundings to bfloat16
 
 
 def check_packed_documents():
@@ -181,6 +197,7 @@ def check_errors_are_words():
         "no kernel 'longer' was built for BFloat16": ((query, key, value), None, 0.3, "longer"),
         "and head_dim 8": ([x[..., :8] for x in (query, key, value)], None, 0.3, "long"),
     }
+    wrong["'wavefront' does not take this problem"] = ((query, key, value), None, 0.3, "wavefront")  # not causal
     for message, (qkv, cu_seqlens, scale, kernel) in wrong.items():
         with pytest.raises(RuntimeError, match=message):
             forward(*qkv, cu_seqlens, False, scale, kernel)

@@ -95,6 +95,16 @@ def test_calls_reach_the_operator_at_the_kernels_head_dim(cuda_qkv, head_dim):
     assert output.shape == (1, 2, 300, head_dim)
 
 
+def test_a_kernel_is_taken_only_where_it_fits(cuda_qkv):
+    """Of one regime, the wavefront leaves head dimensions above 128 to the long kernels; backward, another is taken."""
+    preferences.save("H100", {"causal": Preference("wavefront_lag1", "wavefront", "long", "")})
+    query, large = cuda_qkv(1, 4, 2048, 128)[0], cuda_qkv(1, 4, 2048, 256)[0]
+    assert preferences.forward_kernel(query, True, training=False) == "wavefront_lag1"
+    assert preferences.forward_kernel(query, True, training=True) == "wavefront"
+    assert preferences.backward_kernel(query, True) == "long"
+    assert preferences.forward_kernel(large, True, training=False) == "long"
+
+
 def test_measurements_replace_guesses(cuda_qkv):
     qkv = cuda_qkv(1, 4, 2048, 64)
     assert preferences.preference_of(qkv[0], False).inference == COMPOSED
@@ -138,6 +148,7 @@ def test_every_guess_is_of_kernels_that_there_are():
     for regimes in preferences.GUESSES.values():
         assert tuple(regimes) == preferences.REGIMES
         for guess in regimes.values():
-            assert {guess.inference, guess.training, guess.backward} <= {*preferences.KERNELS, COMPOSED}
+            assert {guess.inference, guess.training} <= {*preferences.FORWARD_KERNELS, COMPOSED}
+            assert guess.backward in (*preferences.BACKWARD_KERNELS, COMPOSED)
             assert (guess.training == COMPOSED) == (guess.backward == COMPOSED) and guess.reason
     assert preferences.guess((11, 0)) is preferences.GUESSES[10] and preferences.guess((8, 9)) is preferences.GUESSES[8]

@@ -3,15 +3,10 @@
 // the tensors that they are given.
 #include "kernels.cu"
 
-namespace simt {
-extern "C" {
-void emulator_reset(uint32_t seed, bool truncate);
-void emulator_buffer(const char* name, void* begin, size_t bytes, bool writable, bool written);
-}
-}  // namespace simt
-
 namespace twicing {
 namespace {
+
+constexpr int RESIDENT_BLOCKS = 8;
 
 enum Use { READ, WRITE };
 
@@ -64,7 +59,7 @@ struct Check {
       if (kernel.element != ELEMENT_TYPE || kernel.head_dim != HEAD_DIM) continue;
       kernel.run = [run = kernel.run, workspace_bytes = kernel.workspace_bytes](const Params& p, void* workspace,
                                                                                 ptx::Stream stream) -> ptx::Status {
-        simt::emulator_reset(0, false);
+        simt::emulator_reset(0, false, RESIDENT_BLOCKS);
         expose(p);
         simt::emulator_buffer("workspace", workspace, workspace_bytes(p.problem), true, false);
         const ptx::Status status = run(p, workspace, stream);

@@ -203,4 +203,8 @@ void collective(const char* operation, Where where, Arguments& arguments, Perfor
   maybe_yield();
 }
 
+// For Python and binding.cpp, which begin a run by these.
+extern "C" void emulator_reset(uint32_t seed, bool truncate, int resident);
+extern "C" void emulator_buffer(const char* name, void* begin, size_t bytes, bool writable, bool written);
+
 }  // namespace simt

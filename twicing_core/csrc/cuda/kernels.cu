@@ -21,12 +21,26 @@ const Enter<BackwardParams> long_backward{{
 }};
 #endif
 
-}  // namespace
-
 #if HEAD_DIM <= 128  // the accumulators of U and A U, or of dK and dV, take all registers at 128
-template ptx::Status run_wavefront_forward<ptx::ELEMENT, HEAD_DIM, 0>(const WavefrontForwardParams&, ptx::Stream);
-template ptx::Status run_wavefront_forward<ptx::ELEMENT, HEAD_DIM, 1>(const WavefrontForwardParams&, ptx::Stream);
-template ptx::Status run_wavefront_backward<ptx::ELEMENT, HEAD_DIM>(const WavefrontBackwardParams&, ptx::Stream);
+bool is_causal(const Problem& problem) { return problem.causal; }
+
+template <int LAG>
+ptx::Status wavefront_forward_of(const ForwardParams& p, void* workspace, ptx::Stream stream) {
+  return run_wavefront_forward<T, HEAD_DIM, LAG>({p, static_cast<int*>(workspace)}, stream);
+}
+ptx::Status wavefront_backward_of(const BackwardParams& p, void* workspace, ptx::Stream stream) {
+  return run_wavefront_backward<T, HEAD_DIM>({p, static_cast<int*>(workspace)}, stream);
+}
+const Enter<ForwardParams> wavefront{{
+    "wavefront", ELEMENT_TYPE, HEAD_DIM, wavefront_forward_of<0>, is_causal, wavefront_workspace_bytes,
+}};
+const Enter<ForwardParams> wavefront_lag1{{
+    "wavefront_lag1", ELEMENT_TYPE, HEAD_DIM, wavefront_forward_of<1>, is_causal, wavefront_workspace_bytes,
+}};
+const Enter<BackwardParams> wavefront_of_gradients{{
+    "wavefront", ELEMENT_TYPE, HEAD_DIM, wavefront_backward_of, is_causal, wavefront_workspace_bytes,
+}};
 #endif
 
+}  // namespace
 }  // namespace twicing
