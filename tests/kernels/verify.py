@@ -111,11 +111,12 @@ def run(name: str, results: Iterable[tuple[float, str]]) -> tuple[int, float, in
     return count, largest, failures
 
 
-def cases(longest_head_dim: int, causal: bool = False) -> list[Case]:
-    """`causal`: those only."""
+def cases(longest_head_dim: int, long: int = LONG, causal: bool = False) -> list[Case]:
+    """All up to `long`, and pairwise above; `causal`: those only."""
     possible = [case for case in every_case() if case.head_dim <= longest_head_dim and case.causal >= causal]
-    long = [case for case in possible if case.seq > LONG]
-    return [case for case in possible if case.seq <= LONG] + pairwise_cases(long)
+    return [case for case in possible if case.seq <= long] + pairwise_cases(
+        [case for case in possible if case.seq > long]
+    )
 
 
 def main() -> int:
@@ -150,7 +151,7 @@ def main() -> int:
         parts = {
             "forward": lambda: processes.imap_unordered(forward, cases(256)),
             "backward": lambda: processes.imap_unordered(backward, cases(128)),
-            "wavefront": lambda: processes.imap_unordered(wavefront, cases(128, causal=True)),
+            "wavefront": lambda: processes.imap_unordered(wavefront, cases(128, long=130, causal=True)),
             "ptx": lambda: processes.imap_unordered(ptx, interpretations),
             "mutants": lambda: threads.map(mutant, planted_bugs),
             "compiled": lambda: threads.map(compile_one, compilations),

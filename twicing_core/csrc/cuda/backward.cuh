@@ -82,7 +82,8 @@ DEVICE void weights_from_scores(float (&scores)[COLUMNS][4], float scale_log2, p
 
 // Transposed, [key][query]: dA becomes dS = A * (dA - delta).
 template <int COLUMNS>
-DEVICE void grad_scores_from_weights(float (&grad)[COLUMNS][4], const float (&weights)[COLUMNS][4], ptx::Address delta) {
+DEVICE void grad_scores_from_weights(float (&grad)[COLUMNS][4], const float (&weights)[COLUMNS][4],
+                                     ptx::Address delta) {
 #pragma unroll
   for (int n = 0; n < COLUMNS; n++) {
     float delta_of[2];
@@ -110,8 +111,8 @@ DEVICE void store_operands(ptx::Address tile, int row, int column, const uint32_
     }
 }
 
-// From A^T dO to dU, in one of the two rows that a thread has of a fragment, and some of its columns; returns what these
-// columns of the thread add to the row's delta.
+// From A^T dO to dU, in one of the two rows that a thread has of a fragment, and some of its columns; returns what the
+// thread's part of these columns adds to the row's delta.
 template <class T, int COLUMNS>
 DEVICE float grad_u_and_delta(float (&sum)[COLUMNS / 8][4], int half, const BackwardParams& p, int batch, int head,
                               int row, int first_column) {
@@ -306,7 +307,8 @@ __global__ void __launch_bounds__(BackwardTiling<DIM>::THREADS, 1) backward_keys
         // dQ needs all the block's keys, so the warps exchange dS^T.
         store_operands<OTHER>(grad_scores_tile, warp_row, 0, a);
         ptx::sync_block();  // dS^T is complete
-        add_grad_query<T, DIM, Tiling>(p, work.batch, ptx::recompute(head), grad_scores_tile, key_tile, first_query, end);
+        add_grad_query<T, DIM, Tiling>(p, work.batch, ptx::recompute(head), grad_scores_tile, key_tile, first_query,
+                                       end);
       }
       ptx::sync_block();  // nobody reads this stage, dS^T or, after the last step, U any more
       if (first_query + STAGES * OTHER < end) start_copies(query_tile, head, first_query + STAGES * OTHER);

@@ -1,9 +1,9 @@
 // How the blocks of one launch hand rows on to each other, so that causal attention needs only one (wavefront_*.cuh).
 //
-// Blocks of rows depend on those before them (backward: after them). Each takes a ticket when it starts: whatever blocks the
+// Blocks of rows depend on those before them (backward: after them). Each takes a ticket when it starts: whichever the
 // device starts first, and however few fit on it at a time, they are given work in the order of its dependencies. So what
-// a block waits for is always finished or being computed by a running block, which waits in turn only for earlier ones:
-// there is no deadlock.
+// a block waits for has been computed or is being, by a running block that waits in turn only for earlier ones: there is
+// no deadlock.
 //
 // A block stores the rows of a tile as usual, then sets the tile's flag:
 //
@@ -11,16 +11,16 @@
 //     first warp:    ld.relaxed.gpu flags until set  |  fence.acq_rel.gpu  |  every thread: bar.sync  |  cp.async rows
 //
 // The barriers order the threads of each block and the release is observed by the load, so by causality, which is
-// transitive, the stores happen before the copies (PTX ISA, "Memory Consistency Model"). cp.async is an ordinary weak read;
-// pointers to such rows must not be __restrict__, which would let the compiler read them by way of a cache (ld.global.nc)
-// that is not kept coherent.
+// transitive, the stores happen before the copies (PTX ISA, "Memory Consistency Model"). cp.async is an ordinary weak
+// read; pointers to such rows must not be __restrict__, which would let the compiler read them by way of a cache
+// (ld.global.nc) that is not kept coherent.
 #pragma once
 #include "tile.cuh"
 
 namespace twicing {
 
-constexpr int LEAST_FLAG_ROWS = 32;      // rows that share a flag, at least
-constexpr int NOTE_BYTES = 32 * 4;       // shared memory by which one warp tells a number to the others
+constexpr int LEAST_FLAG_ROWS = 32;  // rows that share a flag, at least
+constexpr int NOTE_BYTES = 32 * 4;   // shared memory by which one warp tells a number to the others
 
 // Device memory that a launch works with: the next ticket, then flags of each head's tiles. Zeros when it starts.
 inline int64_t wavefront_workspace_bytes(const Problem& problem) {

@@ -17,8 +17,8 @@
 
 namespace twicing {
 
-struct WavefrontBackwardParams : BackwardParams {
-  int* workspace;  // wavefront_workspace_bytes
+struct WavefrontBackwardParams : BackwardParams {  // of a causal problem
+  int* workspace;  // wavefront_workspace_bytes, for this call alone
 };
 
 template <int DIM>

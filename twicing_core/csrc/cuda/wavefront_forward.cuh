@@ -13,8 +13,8 @@
 
 namespace twicing {
 
-struct WavefrontForwardParams : ForwardParams {
-  int* workspace;  // wavefront_workspace_bytes
+struct WavefrontForwardParams : ForwardParams {  // of a causal problem
+  int* workspace;  // wavefront_workspace_bytes, for this call alone
 };
 
 template <int DIM, int LAG>
@@ -91,11 +91,11 @@ __global__ void __launch_bounds__(WavefrontForwardTiling<DIM, LAG>::THREADS, 1)
 #pragma unroll 1
   for (int tile = begin; tile < end + LAG; tile++) {
     const int u_tile = tile - LAG;  // whose U is added in this step
-    const bool waits = u_tile >= ready && u_tile < own;
+    const bool of_others = u_tile >= begin && u_tile < own, early = of_others && u_tile < ready;
     const bool sees = tile <= smaller(warp_own, end - 1);  // else none of the warp's rows does
     ptx::cp_async_wait<0>();
     ptx::sync_block();  // keys and values have arrived, and nobody reads the other stage, or what was in U's place
-    if (u_tile >= begin && u_tile < smaller(ready, own)) start_copy_of_u(u_tile);
+    if (early) start_copy_of_u(u_tile);
     ptx::cp_async_commit();
     if (tile + 1 < end) start_copies(tile + 1);
     ptx::cp_async_commit();
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(WavefrontForwardTiling<DIM, LAG>::THREADS, 1)
       publish_tile(flag_of(tile));
     }
 
-    if (waits && u_tile >= begin) {
+    if (of_others && !early) {
       ready = u_tile + await_tiles(flag_of(u_tile), own - u_tile, note);
       start_copy_of_u(u_tile);
       ptx::cp_async_commit();
