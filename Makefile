@@ -3,12 +3,13 @@ VENV ?= .venv
 PYTHON ?= python3
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help install quickstart quickstart-vision test test-fast verify-kernels lint format bench tensorboard clean
+.PHONY: help install quickstart quickstart-vision test test-fast test-cluster verify-kernels lint format bench tensorboard clean
 
 help:
 	@echo "make quickstart         train a twicing language model on Wikipedia summaries (under 10 minutes on two cores)"
 	@echo "make quickstart-vision  train a twicing vision transformer on Fashion-MNIST"
-	@echo "make test               all tests;  make test-fast  without the slow ones"
+	@echo "make test               the tests;  make test-fast  without the slow ones"
+	@echo "make test-cluster       several hosts, Slurm and many faults, on this machine, as root"
 	@echo "make verify-kernels     everything that a CPU can say of the CUDA kernels (under 30 minutes on two cores)"
 	@echo "make lint               ruff and mypy;  make format  ruff's formatter"
 	@echo "make bench              time the attention backends on this machine"
@@ -33,10 +34,13 @@ quickstart-vision: install
 	@launch/show_result.sh runs/quickstart-vision quickstart
 
 test: install
-	python -m pytest
+	python -m pytest -m "not cluster"
 
 test-fast: install
-	python -m pytest -m "not slow"
+	python -m pytest -m "not slow and not cluster"
+
+test-cluster: install
+	python -m pytest -m cluster
 
 verify-kernels: install
 	PYTHONPATH=. python tests/kernels/verify.py

@@ -12,7 +12,7 @@ import yaml
 
 from train.run_directory import checkpoint_steps
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.cluster
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIG = "configs/language/quickstart.yaml"
