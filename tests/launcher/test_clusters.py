@@ -23,7 +23,7 @@ SMALL = [
     "model.mlp_width=64",
     "train.global_batch_size=4",
     "schedule.warmup_steps=2",
-    "train.steps=300",
+    "train.steps=160",
     "checkpoint.every_steps=10",
     "evaluate.every_steps=0",
     "train.hang_seconds=30",
@@ -38,7 +38,7 @@ def _steps(run: Path) -> list[int]:
 
 def _has_trained_whole(run: Path) -> bool:
     status = json.loads((run / "status.json").read_text())
-    return status["state"] == "finished" and _steps(run) == list(range(1, 301))
+    return status["state"] == "finished" and _steps(run) == list(range(1, 161))
 
 
 def test_over_ssh_a_host_is_lost_and_comes_back(make_host, wikipedia, wait_until, tmp_path):
