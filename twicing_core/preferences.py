@@ -22,8 +22,8 @@ from torch import Tensor
 
 COMPOSED = "composed"
 # "long" does every call: two launches. "wavefront" is one launch for causal ones; of its forward there are two sizes.
-FORWARD_KERNELS = ("long", "wavefront", "wavefront_lag1")
-BACKWARD_KERNELS = ("long", "wavefront")
+FORWARD_KERNELS = ("long", "short", "wavefront", "wavefront_lag1")
+BACKWARD_KERNELS = ("long", "short", "wavefront")
 WAVEFRONT_HEAD_DIM = 128  # at most
 REGIMES = ("short", "causal", "full")  # rows of up to SHORT_SEQ positions and heads of up to SHORT_HEAD_DIM; all others
 SHORT_SEQ, SHORT_HEAD_DIM = 256, 64
@@ -40,27 +40,27 @@ class Preference(NamedTuple):
 
 _NATIVE = "mma.sync is how this architecture's tensor cores are meant to be used"
 _FEWER = "8 products against 10 backward, and O(seq) memory less"
-_SHORT = "the whole call takes microseconds: fewer launches, fewer trips to memory"
+_SHORT = "scores computed once, in one launch each way: 3 products forward and 7 backward against 4 and 10"
 
 # By the major number of the compute capability, then by regime.
 GUESSES: dict[int, dict[str, Preference]] = {
     8: {  # A100, RTX 30, L4, RTX 40
-        "short": Preference("long", "long", "long", _SHORT),
+        "short": Preference("short", "short", "short", _SHORT),
         "causal": Preference("long", "long", "long", f"{_NATIVE}; {_FEWER}"),
         "full": Preference("long", "long", "long", f"{_NATIVE}; {_FEWER}"),
     },
     9: {  # H100: mma.sync reaches about 62 % of what wgmma does
-        "short": Preference("long", "long", "long", _SHORT),
+        "short": Preference("short", "short", "short", _SHORT),
         "causal": Preference(COMPOSED, "long", "long", f"forward, torch may have wgmma; backward, {_FEWER}"),
         "full": Preference(COMPOSED, "long", "long", f"forward, torch may have wgmma; backward, {_FEWER}"),
     },
     10: {  # B200: its tensor cores want tcgen05, and mma.sync reaches less than on H100
-        "short": Preference("long", "long", "long", _SHORT),
+        "short": Preference("short", "short", "short", _SHORT),
         "causal": Preference(COMPOSED, COMPOSED, COMPOSED, "torch may have tcgen05, which these kernels have not"),
         "full": Preference(COMPOSED, COMPOSED, COMPOSED, "torch may have tcgen05, which these kernels have not"),
     },
     12: {  # RTX 50, RTX PRO
-        "short": Preference("long", "long", "long", _SHORT),
+        "short": Preference("short", "short", "short", _SHORT),
         "causal": Preference("long", "long", "long", f"{_NATIVE}; {_FEWER}"),
         "full": Preference("long", "long", "long", f"{_NATIVE}; {_FEWER}"),
     },
@@ -76,6 +76,8 @@ def regime(seq: int, head_dim: int, is_causal: bool) -> str:
 
 def fits(kernel: str, seq: int, head_dim: int, is_causal: bool) -> bool:
     """Whether a kernel does such calls."""
+    if kernel == "short":
+        return regime(seq, head_dim, is_causal) == "short"
     return kernel == "long" or (is_causal and head_dim <= WAVEFRONT_HEAD_DIM)
 
 

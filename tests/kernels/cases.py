@@ -85,6 +85,11 @@ class Case:
         return 2 * u - F.scaled_dot_product_attention(query, key, u, attn_mask=mask, scale=self.logit_scale)
 
 
+def fits_short(case: Case) -> bool:
+    """Whether the short kernels take it."""
+    return case.head_dim <= 64 and case.seq <= 256
+
+
 def every_case() -> list[Case]:
     """The whole product."""
     flags = (False, True)

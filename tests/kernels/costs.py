@@ -101,6 +101,20 @@ def wavefront_backward(head_dim: int, adds_query: bool) -> Step:
     return Step(tuple(products), queries // 8 * 4, copied_bytes, copy_trips, barriers=7, threads=threads)
 
 
+def short_backward(head_dim: int, rows: int) -> Step:
+    """A whole head: of 32 keys and all queries, and for dQ of 32 queries with 32 keys at a time."""
+    scores = _scores(rows, head_dim, tiles=2, loads_left=False)
+    by_query = Product(rows // 32 * head_dim // 2, rows // 32 * (4 + head_dim // 8), trips=rows // 32)
+    return Step(
+        (*[scores] * 3, *[_from_registers(rows, head_dim, tiles=2)] * 3, by_query),
+        exponentials=rows,
+        copied_bytes=3 * rows * head_dim * 2,
+        copy_trips=_copy_trips(rows, head_dim, rows),
+        barriers=6,
+        threads=rows,
+    )
+
+
 def _copy_trips(rows: int, head_dim: int, threads: int = 128) -> int:
     return max(1, rows * head_dim // 8 // threads)
 
@@ -128,6 +142,8 @@ STEPS: dict[str, Callable[[int], Step]] = {
     "backward_keys<0>": lambda d: backward(d, 3, 2, copied=3, barriers=2, adds_query=False),
     "backward_keys<1>": lambda d: backward(d, 3, 2, copied=3, barriers=3, adds_query=True),
     "backward_query": lambda d: backward(d, 3, 1, copied=3, barriers=1, adds_query=False),
+    "short_backward<128>": lambda d: short_backward(d, rows=128),
+    "short_backward<256>": lambda d: short_backward(d, rows=256),
     "wavefront_forward<0>": lambda d: wavefront_forward(d, lag=0),
     "wavefront_forward<1>": lambda d: wavefront_forward(d, lag=1),
     "wavefront_backward<0>": lambda d: wavefront_backward(d, adds_query=False),

@@ -245,7 +245,25 @@ class Kernels:
         return run
 
 
-class WavefrontKernels(Kernels):
+class _WithWorkspace(Kernels):
+    def __init__(
+        self, dtype: torch.dtype, head_dim: int, kernels: Path = KERNELS, options: tuple[str, ...] = OPTIONS
+    ) -> None:
+        super().__init__(dtype, head_dim, kernels, options)
+        self._library.workspace_bytes.restype = ctypes.c_int64
+
+    def _workspace(self, problem: _Problem) -> dict[str, Tensor]:
+        words = self._library.workspace_bytes(ctypes.byref(problem)) // 4
+        return {"workspace": torch.full((words,), -1, dtype=torch.int32)}
+
+
+class ShortKernels(_WithWorkspace):
+    """Those that take a head in one block; always deterministic."""
+
+    _program = "short.cpp"
+
+
+class WavefrontKernels(_WithWorkspace):
     """Those for causal attention in one launch; `lag` is the forward's."""
 
     _program = "wavefront.cpp"
@@ -260,16 +278,16 @@ class WavefrontKernels(Kernels):
     ) -> None:
         super().__init__(dtype, head_dim, kernels, options)
         self._forward = f"run_forward_lag{lag}"
-        self._library.workspace_bytes.restype = ctypes.c_int64
-
-    def _workspace(self, problem: _Problem) -> dict[str, Tensor]:
-        words = self._library.workspace_bytes(ctypes.byref(problem)) // 4
-        return {"workspace": torch.full((words,), -1, dtype=torch.int32)}
 
 
 @cache
 def kernels(dtype: torch.dtype, head_dim: int) -> Kernels:
     return Kernels(dtype, head_dim)
+
+
+@cache
+def short(dtype: torch.dtype, head_dim: int) -> ShortKernels:
+    return ShortKernels(dtype, head_dim)
 
 
 @cache

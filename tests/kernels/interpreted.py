@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 import ptx
 import torch
-from cases import Case
+from cases import Case, fits_short
 from emulated import ELEMENTS, KERNELS, REPOSITORY, Counters, Run, span_bytes
 from emulated import Kernels as Emulated
+from emulated import ShortKernels as EmulatedShort
 from emulated import WavefrontKernels as EmulatedWavefront
 
 BUILD = REPOSITORY / "build" / "ptx"
@@ -171,6 +172,10 @@ class Kernels(AsPtx, Emulated):
     """Those of one element type and head dimension."""
 
 
+class ShortKernels(AsPtx, EmulatedShort):
+    """Those that take a head in one block."""
+
+
 class WavefrontKernels(AsPtx, EmulatedWavefront):
     """Those for causal attention in one launch."""
 
@@ -178,6 +183,8 @@ class WavefrontKernels(AsPtx, EmulatedWavefront):
 def record_launches(dtype: torch.dtype, head_dim: int, case: Case) -> dict[str, ptx.Launch]:
     """How the host launches each kernel for a problem, by symbol; nothing is run."""
     libraries, launches = [Emulated(dtype, head_dim)], {}
+    if fits_short(case):
+        libraries.append(EmulatedShort(dtype, head_dim))
     if head_dim <= 128:
         libraries += [EmulatedWavefront(dtype, head_dim, lag) for lag in (0, 1)]
 
@@ -198,6 +205,11 @@ def record_launches(dtype: torch.dtype, head_dim: int, case: Case) -> dict[str, 
 @cache
 def kernels(dtype: torch.dtype, head_dim: int, architecture: int = ARCHITECTURE) -> Kernels:
     return Kernels(dtype, head_dim, architecture=architecture)
+
+
+@cache
+def short(dtype: torch.dtype, head_dim: int, architecture: int = ARCHITECTURE) -> ShortKernels:
+    return ShortKernels(dtype, head_dim, architecture=architecture)
 
 
 @cache

@@ -21,13 +21,14 @@ from pathlib import Path
 import interpreted
 import torch
 from cases import DTYPES, Case
-from emulated import KERNELS, Kernels, WavefrontKernels
+from emulated import KERNELS, Kernels, ShortKernels, WavefrontKernels
 from verification import check_backward, check_forward
 
 HEAD_DIM = 32
 TIMEOUT_S = 300
 CASES = (Case("bf16", HEAD_DIM, 150, causal=True, grouped=True), Case("bf16", HEAD_DIM, 100, packed=True))
 HALF_CASE = Case("fp16", HEAD_DIM, 70)  # beside them for the instructions, some of which are of this type only
+SHORT_CASES = (Case("bf16", HEAD_DIM, 150, causal=True, grouped=True), Case("bf16", HEAD_DIM, 100, packed=True))
 WAVEFRONT_CASES = (
     Case("bf16", HEAD_DIM, 300, causal=True, grouped=True),
     Case("bf16", HEAD_DIM, 200, causal=True, packed=True),
@@ -49,6 +50,10 @@ class Mutant:
     @property
     def by_interpreter(self) -> bool:
         return self.file == "ptx.cuh"
+
+    @property
+    def of_short(self) -> bool:
+        return self.file.startswith("short")
 
     @property
     def of_wavefront(self) -> bool:
@@ -109,6 +114,47 @@ MISTAKES = (
         "p.u.rows(work.batch, 0)",
     ),
     Mutant("dQ stored, not added", "backward.cuh", "ptx::reduce_add_global(", "ptx::store_global("),
+)
+
+SHORT = (
+    Mutant("one copy too many may be pending (forward)", "short_forward.cuh", "wait<1>", "wait<2>"),
+    Mutant("one copy too many may be pending (backward)", "short_backward.cuh", "wait<1>", "wait<2>"),
+    Mutant("a block seen in part is left out", "short.cuh", "first < span.end", "first + count < span.end"),
+    Mutant("two warps with the same rows", "short.cuh", "warps + 3 - warp", "warps + 2 - warp"),
+    Mutant("one warp too few", "short.cuh", "(p.problem.seq + WARP_ROWS - 1) /", "p.problem.seq /"),
+    Mutant("maximum of another row", "short_forward.cuh", "fmaxf(maximum[i / 2],", "fmaxf(maximum[0],"),
+    Mutant(
+        "sum of another row",
+        "short_forward.cuh",
+        "output[t][n][i] * inverse_sum[t][i / 2]",
+        "output[t][n][i] * inverse_sum[t][0]",
+    ),
+    Mutant("rows past the end divided by 0", "short_forward.cuh", "total > 0.f ?", "true ?"),
+    Mutant("U for 2 U", "short_forward.cuh", "{-2.f, -2.f}", "{-1.f, -1.f}"),
+    Mutant(
+        "2 U of the rounded U",
+        "short_forward.cuh",
+        "output[t][n][i] * inverse",
+        "(output[t][n][i] = ptx::low(T{}, ptx::pack(T{}, output[t][n][i], 0.f))) * inverse",
+    ),
+    Mutant("log-sum-exp of the first queries for all", "short_backward.cuh", "lse + first_query * 4,", "lse,"),
+    Mutant("delta of the neighbour", "short_backward.cuh", "- delta_of[0])", "- delta_of[1])"),
+    Mutant("one of two signs changed", "short.cuh", "0x80008000u", "0x8000u"),
+    Mutant("dK not scaled", "short_backward.cuh", "scale_sum();", "", "multiply(query_tile);"),
+    Mutant("dS^T of the wrong stage", "short_backward.cuh", "grad_scores_tile(parity ^ 1)", "grad_scores_tile(parity)"),
+    Mutant(
+        "dS^T of the first warp's queries",
+        "short_backward.cuh",
+        "grad_scores_tile(parity ^ 1), warp_row",
+        "grad_scores_tile(parity ^ 1), 0",
+    ),
+    Mutant("dK and dV of a group's last head only", "short_backward.cuh", "i > 0 && row < problem.seq", "false"),
+    Mutant(
+        "unseen weights are not 0",
+        "short_backward.cuh",
+        "weights[t][block][i] = 0;",
+        "weights[t][block][i] = 0x3f803f80u;",
+    ),
 )
 
 WAVEFRONT = (
@@ -275,7 +321,7 @@ INSTRUCTIONS = (
 
 
 def every_mutant() -> list[Mutant]:
-    return [*_without_synchronisation(), *MISTAKES, *WAVEFRONT, *INSTRUCTIONS]
+    return [*_without_synchronisation(), *MISTAKES, *SHORT, *WAVEFRONT, *INSTRUCTIONS]
 
 
 def _without_synchronisation() -> Iterator[Mutant]:
@@ -310,11 +356,20 @@ def _judge(mutant: Mutant | None, sender: Connection) -> None:
         changed = Path(shutil.copytree(KERNELS, Path(folder) / "cuda"))
         if mutant is not None:
             mutant.apply(changed)
-        if mutant is not None and mutant.of_wavefront:
+        if mutant is not None and mutant.of_short:
+            sender.send(_first_complaint(lambda: _check_short(changed)))
+        elif mutant is not None and mutant.of_wavefront:
             sender.send(_first_complaint(lambda: _check_wavefront(changed, mutant.file)))
         else:
             by_interpreter = mutant is not None and mutant.by_interpreter
             sender.send(_first_complaint(lambda: _check(changed, by_interpreter), by_interpreter))
+
+
+def _check_short(changed: Path) -> None:
+    library = ShortKernels(torch.bfloat16, HEAD_DIM, kernels=changed, options=("-O1", "-w"))
+    for case in SHORT_CASES:
+        check_forward(case, library)
+        check_backward(case, library)
 
 
 def _check_wavefront(changed: Path, file: str) -> None:

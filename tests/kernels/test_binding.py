@@ -184,6 +184,23 @@ def check_saves_no_more_than_documented():
     assert sorted(sizes) == sorted([rows * 16 * 2] * 5 + [rows * 4])
 
 
+def check_short_kernels():
+    """With a workspace if query heads share keys; and not for heads that do not fit."""
+    for key_heads in (4, 2):
+        qkv, grad_output = make_qkv(key_heads=key_heads), make(2, 4, 70, 16, seed=3)
+        saved = forward(*qkv, OFFSETS, True, 0.25, "short")
+        ours, want = (
+            [*forward(*qkv, OFFSETS, True, 0.25, name)[:1]]
+            + [*backward(grad_output, *qkv, *saved, OFFSETS, True, 0.25, name, True)]
+            for name in ("short", "long")
+        )
+        for one, other in zip(ours, want, strict=True):
+            assert (one - other).abs().max() <= 0.02 * other.abs().max()
+    forward(*make_qkv(seq=256), None, False, 0.25, "short")
+    with pytest.raises(RuntimeError, match="'short' does not take this problem"):
+        forward(*make_qkv(seq=257), None, False, 0.25, "short")
+
+
 def check_errors_are_words():
     query, key, value = make_qkv()
     wrong = {

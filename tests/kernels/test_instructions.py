@@ -141,12 +141,13 @@ def test_memory(probe: Probe) -> None:
     """Words in pairs and fours, loads and stores that happen in some lanes only, and a sum."""
     words = np.random.default_rng(3).integers(0, 2**31, 128).astype(np.uint32)
     pairs, fours, total = np.zeros(64, np.uint32), np.zeros(128, np.uint32), np.array([1, 100], np.float32)
-    float_pairs = np.zeros(64, np.float32)
-    probe("probe_memory", words, pairs, float_pairs, fours, total)
+    float_pairs, copied = np.zeros(64, np.float32), np.ones(128, np.uint32)
+    probe("probe_memory", words, pairs, float_pairs, fours, copied, total)
     even = np.repeat(LANE % 2 == 0, 2)
     np.testing.assert_array_equal(pairs, np.where(even, words[:64], 0))
     np.testing.assert_array_equal(float_pairs.view(np.uint32), np.where(even, words[:64], 0))
     np.testing.assert_array_equal(fours, np.where(np.repeat(LANE % 2 == 1, 4), words, 0))
+    np.testing.assert_array_equal(copied, np.where(np.repeat(LANE % 2 == 0, 4), words, 0))
     assert total.tolist() == [1 + sum(lane + 100 * (lane % 2 == 0) for lane in range(0, 32, 3)), 100]
 
 

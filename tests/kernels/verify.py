@@ -1,6 +1,6 @@
 """Everything that can be said of the CUDA kernels without a GPU: every case, every mutant, every architecture.
 
-    python tests/kernels/verify.py [--part forward,backward,wavefront,ptx,mutants,compiled] [--processes N]
+    python tests/kernels/verify.py [--part forward,backward,short,wavefront,ptx,mutants,compiled] [--processes N]
 
 Ends with one line, and with status 1 if anything failed.
 """
@@ -19,12 +19,13 @@ import compiled
 import interpreted
 import mutants
 import torch
-from cases import DTYPES, HEAD_DIMS, Case, every_case, pairwise_cases
-from emulated import Kernels, WavefrontKernels
+from cases import DTYPES, HEAD_DIMS, Case, every_case, fits_short, pairwise_cases
+from emulated import Kernels, ShortKernels, WavefrontKernels
+from emulated import short as short_kernels
 from emulated import wavefront as wavefront_kernels
 from verification import FORWARD_FACTOR, GRADIENT_FACTOR, check_backward, check_forward
 
-PARTS = ("forward", "backward", "wavefront", "ptx", "mutants", "compiled")
+PARTS = ("forward", "backward", "short", "wavefront", "ptx", "mutants", "compiled")
 LONG = 257  # longer cases are many times slower: pairwise only
 
 
@@ -34,6 +35,17 @@ def forward(case: Case) -> tuple[float, str]:
 
 def backward(case: Case) -> tuple[float, str]:
     return _attempt(case, lambda: max(check_backward(case, deterministic=mode) for mode in (False, True)))
+
+
+def short(case: Case) -> tuple[float, str]:
+    """On a schedule of the case's own. The number is the share of the allowed error."""
+
+    def check() -> float:
+        library = short_kernels(DTYPES[case.dtype], case.head_dim)
+        forward_share = check_forward(case, library, seed=case.seq) / FORWARD_FACTOR
+        return max(forward_share, check_backward(case, library, seed=case.seq) / GRADIENT_FACTOR)
+
+    return _attempt(case, check)
 
 
 def wavefront(case: Case) -> tuple[float, str]:
@@ -63,6 +75,10 @@ def ptx(case: Case) -> tuple[float, str]:
             if case.head_dim <= 128:
                 for mode in (False, True):
                     shares.append(check_backward(case, library, deterministic=mode) / GRADIENT_FACTOR)
+            if fits_short(case):
+                library = interpreted.short(DTYPES[case.dtype], case.head_dim, architecture)
+                shares.append(check_forward(case, library) / FORWARD_FACTOR)
+                shares.append(check_backward(case, library) / GRADIENT_FACTOR)
             if case.head_dim <= 128 and case.causal:
                 for lag in (0, 1):
                     library = interpreted.wavefront(DTYPES[case.dtype], case.head_dim, lag, architecture)
@@ -130,11 +146,13 @@ def main() -> int:
 
     def build(library: tuple[str, int]) -> tuple[float, str]:
         Kernels(DTYPES[library[0]], library[1])
+        if library[1] <= 64:
+            ShortKernels(DTYPES[library[0]], library[1])
         if library[1] <= 128:
             WavefrontKernels(DTYPES[library[0]], library[1], lag=0)
         return 0.0, ""
 
-    if {"forward", "backward", "wavefront", "ptx"} & set(chosen):
+    if {"forward", "backward", "short", "wavefront", "ptx"} & set(chosen):
         with ThreadPoolExecutor(arguments.processes) as threads:
             list(threads.map(build, product(DTYPES, HEAD_DIMS)))
     compilations = list(product(DTYPES, HEAD_DIMS, compiled.ARCHITECTURES)) if compiled.nvcc() else []
@@ -151,6 +169,7 @@ def main() -> int:
         parts = {
             "forward": lambda: processes.imap_unordered(forward, cases(256)),
             "backward": lambda: processes.imap_unordered(backward, cases(128)),
+            "short": lambda: processes.imap_unordered(short, [case for case in every_case() if fits_short(case)]),
             "wavefront": lambda: processes.imap_unordered(wavefront, cases(128, long=130, causal=True)),
             "ptx": lambda: processes.imap_unordered(ptx, interpretations),
             "mutants": lambda: threads.map(mutant, planted_bugs),
@@ -164,7 +183,9 @@ def main() -> int:
         return done[name][index] if name in done else 0
 
     attention_cases = result("forward", 0) + result("backward", 0)
-    in_one_launch = f"{result('wavefront', 0)} in one launch, worst {result('wavefront', 1):.2f} of what is allowed"
+    others = "; ".join(
+        f"{result(name, 0)} {name}, worst {result(name, 1):.2f} of what is allowed" for name in ("short", "wavefront")
+    )
     planted, missed = result("mutants", 0), result("mutants", 2)
     as_compiled = (
         f"{result('ptx', 0)} more as PTX, worst {result('ptx', 1):.2f} of what is allowed; "
@@ -172,7 +193,7 @@ def main() -> int:
     )
     print(
         f"verified: {attention_cases} cases, worst error ratio {result('forward', 1):.2f} of 2 forward and "
-        f"{result('backward', 1):.2f} of 3 backward; {in_one_launch}; {planted - missed} of {planted} mutants caught; "
+        f"{result('backward', 1):.2f} of 3 backward; {others}; {planted - missed} of {planted} mutants caught; "
         + (as_compiled if compiled.nvcc() else "not compiled, as there is no nvcc")
     )
     failures = sum(part[2] for part in done.values())

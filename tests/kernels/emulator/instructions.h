@@ -278,6 +278,9 @@ inline uint32_t load_global(const void* address, bool valid, SIMT_HERE) {
 }
 inline float load_global(const float* address, bool valid, SIMT_HERE) { return valid ? read<float>(address, where) : 0.f; }
 inline int load_global(const int* address, SIMT_HERE) { return read<int>(address, where); }
+inline Words4 load_global_16(const void* address, bool valid, SIMT_HERE) {
+  return valid ? read<Words4>(address, where) : Words4{};
+}
 inline void store_global(float* address, float value, bool valid, SIMT_HERE) {
   if (valid) write(address, value, where);
 }

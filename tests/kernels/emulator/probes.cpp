@@ -75,7 +75,8 @@ void probe_math(float x, float* results) {
 }
 
 // The other ways to shared and global memory.
-void probe_memory(const uint32_t* words, uint32_t* pairs, float* float_pairs, uint32_t* fours, float* sum) {
+void probe_memory(const uint32_t* words, uint32_t* pairs, float* float_pairs, uint32_t* fours, uint32_t* copied,
+                  float* sum) {
   simt::launch([&] {
     const int lane = thread_index();
     for (int i = 0; i < 4; i++) {
@@ -92,6 +93,7 @@ void probe_memory(const uint32_t* words, uint32_t* pairs, float* float_pairs, ui
       store_global(float_pairs + lane * 2 + i, float_pair[i], lane % 2 == 0);
     }
     store_global_16(fours + lane * 4, load_shared_16(lane * 16), lane % 2 == 1);
+    store_global_16(copied + lane * 4, load_global_16(words + lane * 4, lane % 2 == 0), true);
     reduce_add_global(sum, load_global(sum + 1, lane % 2 == 0) + lane, lane % 3 == 0);
   }, 1, 32, 512);
 }

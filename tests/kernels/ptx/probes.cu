@@ -60,7 +60,8 @@ __global__ void probe_math(float x, float* results) {
   results[2] = ptx::reciprocal(x);
 }
 
-__global__ void probe_memory(const uint32_t* words, uint32_t* pairs, float* float_pairs, uint32_t* fours, float* sum) {
+__global__ void probe_memory(const uint32_t* words, uint32_t* pairs, float* float_pairs, uint32_t* fours, uint32_t* copied,
+                             float* sum) {
   const int lane = thread_index();
   for (int i = 0; i < 4; i++) {
     const uint32_t word = load_global(static_cast<const void*>(words + lane * 4 + i), true);
@@ -76,6 +77,7 @@ __global__ void probe_memory(const uint32_t* words, uint32_t* pairs, float* floa
     store_global(float_pairs + lane * 2 + i, float_pair[i], lane % 2 == 0);
   }
   store_global_16(fours + lane * 4, load_shared_16(shared_memory() + lane * 16), lane % 2 == 1);
+  store_global_16(copied + lane * 4, load_global_16(words + lane * 4, lane % 2 == 0), true);
   reduce_add_global(sum, load_global(sum + 1, lane % 2 == 0) + lane, lane % 3 == 0);
 }
 

@@ -154,6 +154,10 @@ DEVICE uint32_t load_global(const void* address, bool valid) {
 }
 DEVICE float load_global(const float* address, bool valid) { return valid ? *address : 0.f; }
 DEVICE int load_global(const int* address) { return *address; }
+DEVICE Words4 load_global_16(const void* address, bool valid) {
+  const uint4 v = valid ? *static_cast<const uint4*>(address) : make_uint4(0, 0, 0, 0);
+  return {{v.x, v.y, v.z, v.w}};
+}
 DEVICE void store_global(float* address, float value, bool valid) {
   if (valid) *address = value;
 }

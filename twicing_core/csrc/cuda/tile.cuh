@@ -36,16 +36,21 @@ struct Swizzle {
   }
 };
 
-// Starts the copy of rows first .. first + ROWS - 1 of a matrix; rows from `end` on become zeros.
-template <int WIDTH, int ROWS, int THREADS>
-DEVICE void load_tile(ptx::Address tile, const uint16_t* matrix, int64_t row_stride, int first, int end) {
+// Starts the copy of rows first .. first + rows - 1 of a matrix; rows from `end` on become zeros.
+template <int WIDTH>
+DEVICE void load_tile(ptx::Address tile, const uint16_t* matrix, int64_t row_stride, int first, int end, int rows,
+                      int threads) {
   constexpr int CHUNKS = WIDTH / 8;
 #pragma unroll 1
-  for (int i = ptx::thread_index(); i < ROWS * CHUNKS; i += THREADS) {
+  for (int i = ptx::thread_index(); i < rows * CHUNKS; i += threads) {
     const int row = i / CHUNKS, chunk = i % CHUNKS;
     const uint16_t* source = matrix + (first + row) * row_stride + chunk * 8;
     ptx::cp_async_16(tile + Swizzle<WIDTH>::offset(row, chunk), source, first + row < end);
   }
+}
+template <int WIDTH, int ROWS, int THREADS>
+DEVICE void load_tile(ptx::Address tile, const uint16_t* matrix, int64_t row_stride, int first, int end) {
+  load_tile<WIDTH>(tile, matrix, row_stride, first, end, ROWS, THREADS);
 }
 
 // The left operand a[m][k] from a tile whose rows are m, or whose rows are k.
