@@ -117,8 +117,8 @@ MISTAKES = (
 )
 
 SHORT = (
-    Mutant("one copy too many may be pending (forward)", "short_forward.cuh", "wait<1>", "wait<2>"),
-    Mutant("one copy too many may be pending (backward)", "short_backward.cuh", "wait<1>", "wait<2>"),
+    Mutant("one copy too many may be pending (short forward)", "short_forward.cuh", "wait<1>", "wait<2>"),
+    Mutant("one copy too many may be pending (short backward)", "short_backward.cuh", "wait<1>", "wait<2>"),
     Mutant("a block seen in part is left out", "short.cuh", "first < span.end", "first + count < span.end"),
     Mutant("two warps with the same rows", "short.cuh", "warps + 3 - warp", "warps + 2 - warp"),
     Mutant("one warp too few", "short.cuh", "(p.problem.seq + WARP_ROWS - 1) /", "p.problem.seq /"),
@@ -139,8 +139,8 @@ SHORT = (
     ),
     Mutant("log-sum-exp of the first queries for all", "short_backward.cuh", "lse + first_query * 4,", "lse,"),
     Mutant("delta of the neighbour", "short_backward.cuh", "- delta_of[0])", "- delta_of[1])"),
-    Mutant("one of two signs changed", "short.cuh", "0x80008000u", "0x8000u"),
-    Mutant("dK not scaled", "short_backward.cuh", "scale_sum();", "", "multiply(query_tile);"),
+    Mutant("one of two signs changed (short)", "short.cuh", "0x80008000u", "0x8000u"),
+    Mutant("dK not scaled (short)", "short_backward.cuh", "scale_sum();", "", "multiply(query_tile);"),
     Mutant("dS^T of the wrong stage", "short_backward.cuh", "grad_scores_tile(parity ^ 1)", "grad_scores_tile(parity)"),
     Mutant(
         "dS^T of the first warp's queries",
