@@ -3,12 +3,13 @@ VENV ?= .venv
 PYTHON ?= python3
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help install quickstart quickstart-vision test test-fast test-cluster verify-kernels lint format bench tensorboard clean
+.PHONY: help install quickstart quickstart-vision test test-fast test-long test-cluster verify-kernels lint format bench tensorboard clean
 
 help:
 	@echo "make quickstart         train a twicing language model on Wikipedia summaries (under 10 minutes on two cores)"
 	@echo "make quickstart-vision  train a twicing vision transformer on Fashion-MNIST"
 	@echo "make test               the tests;  make test-fast  without the slow ones"
+	@echo "make test-long          every ZeRO stage on every number of ranks, measured memory: minutes each"
 	@echo "make test-cluster       several hosts, Slurm and many faults, on this machine, as root"
 	@echo "make verify-kernels     everything that a CPU can say of the CUDA kernels (under 30 minutes on two cores)"
 	@echo "make lint               ruff and mypy;  make format  ruff's formatter"
@@ -34,10 +35,13 @@ quickstart-vision: install
 	@launch/show_result.sh runs/quickstart-vision quickstart
 
 test: install
-	python -m pytest -m "not cluster"
+	python -m pytest -m "not long and not cluster"
 
 test-fast: install
-	python -m pytest -m "not slow and not cluster"
+	python -m pytest -m "not slow and not long and not cluster"
+
+test-long: install
+	python -m pytest -m long
 
 test-cluster: install
 	python -m pytest -m cluster

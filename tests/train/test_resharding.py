@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -82,6 +83,7 @@ def _continue(ranks: Ranks, directory: Path, cases: list[tuple[int, str, int]]) 
             torch.testing.assert_close(weight, expected[name], **tolerance)
 
 
+@pytest.mark.long
 def test_any_number_of_ranks_and_any_stage(run_distributed, tmp_path):
     run_distributed(_write, 2, tmp_path)
     run_distributed(_continue, 4, tmp_path, ON_FOUR_RANKS)

@@ -93,6 +93,7 @@ def _compiled(ranks: Ranks, directory: Path) -> None:
         _train(ranks, directory, "zero3", "train.compile=true")
 
 
+@pytest.mark.long
 def test_all_stages_on_any_number_of_ranks_take_the_same_steps(run_distributed, tmp_path):
     run_distributed(_all_stages, 2, tmp_path)
     run_distributed(_other_world_sizes, 4, tmp_path)

@@ -222,7 +222,7 @@ def _compare(ranks: Ranks, directory: Path, predictions: dict[str, tuple[dict[st
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory_and_communication_within_ten_percent(run_distributed, tmp_path):
     world_size = 2
     predictions = {name: _predict(*_config(tmp_path / "predict.json", name, world_size), world_size) for name in CASES}
