@@ -27,7 +27,8 @@ from train import distributed
 from train.config import AnyConfig, LanguageConfig, load_config
 from train.data.loader import build_data
 from train.distributed import Ranks
-from train.engine import build_engine, resolve_precision
+from train.engine import build_engine
+from train.precision import resolve_precision
 from train.tasks import Batch, Task, build_task, targets
 
 PARTS = ("forward", "backward", "optimizer")
