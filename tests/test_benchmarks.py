@@ -21,7 +21,7 @@ def test_table_gives_the_median_of_the_rounds_ratios():
     assert second.split() == ["twicing", "0.75", "300.0", "±100%", "100.0", "100.0", "100.0"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_steps_are_measured_on_two_ranks(wikipedia, tmp_path):
     smaller = ["model.layers=1", "model.width=32", "model.mlp_width=32", "data.workers=0"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]

@@ -15,6 +15,7 @@ from emulated import kernels
 
 @pytest.mark.skipif(compiled.nvcc() is None, reason="no nvcc")
 @pytest.mark.parametrize(("head_dim", "architecture", "count"), [(64, 80, 15), (128, 90, 11), (32, 120, 15)])
+@pytest.mark.long
 def test_budgets(head_dim: int, architecture: int, count: int) -> None:
     found = compiled.compile_kernels("bf16", head_dim, architecture)
     assert len(found) == count  # of two launches: two forward, five backward; wavefront and short: two of each

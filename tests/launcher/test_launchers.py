@@ -110,6 +110,7 @@ def test_a_killed_rank_ends_the_job_and_costs_only_the_steps_since_the_checkpoin
     assert [event.step for event in events.Scalars("loss/train")] == list(range(1, 9))  # none twice
 
 
+@pytest.mark.long
 def test_a_run_continues_on_any_number_of_ranks_and_at_any_stage(launch, uninterrupted, tmp_path):
     """2, 1, 4 and 2 ranks at stages 2, 3, 1 and 2: one run, with the same global batches as on two ranks throughout."""
     expected = uninterrupted(LANGUAGE, launch)

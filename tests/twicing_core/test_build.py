@@ -134,7 +134,7 @@ print("clean")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_sanitizer_complains(tmp_path):
     """Address and undefined behaviour, over every path: short and long, alone and shared, ragged, packed, grouped."""
     runtime = [

@@ -11,7 +11,7 @@ import pytest
 from twicing_core import build
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(build.unavailable() is not None, reason=f"no fused kernels: {build.unavailable()}"),
     pytest.mark.skipif(platform.machine() != "x86_64", reason="the instructions are those of x86"),
 ]
