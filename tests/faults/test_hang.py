@@ -9,7 +9,7 @@ import signal
 import psutil
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 LANGUAGE = "configs/language/quickstart.yaml"
 SMALL = [
