@@ -23,6 +23,7 @@ inline constexpr int kLanes = 8;
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes)));
 
 inline Floats splat(float x) { return Floats{} + x; }
@@ -118,7 +119,6 @@ inline Shorts load_bfloat16(const c10::BFloat16* from) { return load_as<Shorts>(
 
 // Rows of two: to[2i] = even[i], to[2i + 1] = odd[i].
 inline void store_pairs(c10::BFloat16* to, Shorts even, Shorts odd) {
-  typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
   Words pairs = __builtin_convertvector(even, Words) | (__builtin_convertvector(odd, Words) << 16);
   std::memcpy(to, &pairs, sizeof(pairs));
 }
@@ -172,7 +172,7 @@ inline Floats keep_first(Floats x, int64_t count, float other) {
   return lane < (int32_t)count ? x : splat(other);
 }
 
-// 2^x for x <= 127; what would be denormal is 2^-126. NaN stays NaN.
+// 2^x for x <= 127; what would be denormal is 2^-126. NaN stays NaN. Larger x, as of hidden scores, give any value at all.
 // Relative error of the polynomial: 7e-5 where BFloat16 keeps 8 bits of it, else 2e-9.
 template <typename E>
 inline Floats exp2(Floats x) {
@@ -192,7 +192,7 @@ inline Floats exp2(Floats x) {
     p = p * f + 6.93147203e-1f;
     p = p * f + 1.0f;
   }
-  return (Floats)((Ints)p + ((Ints)shifted << 23));
+  return (Floats)((Words)p + ((Words)shifted << 23));  // unsigned, since it may wrap around
 }
 
 }  // namespace twicing
