@@ -11,11 +11,12 @@ backward. Attention is counted in products of size N²·D (one head: N x N x K; 
     twicing, at least        3        6        forward: S, A·V, A·U; backward: dU, dV, dQ, dK and the two of dA
     softmax, executed        2        5        flash attention computes S once more
     fused on CPUs, executed  3        7        causal, or A fits the cache; long full attention takes 4 and 8
-    fused on CUDA, executed  4        8        the kernel "long": S and dA are computed once more
+    fused on CUDA, executed  3        7        short rows; others take 4 and 8: S and dA are computed once more
     composed, executed       4       10        two calls of flash attention
     reference, executed   2 + N/K   4 + 2·N/K  A·A costs N/K products; nothing is skipped
 
 Causal attention counts half: kernels skip the blocks above the diagonal (the reference does not, and counts whole).
+Where timing a GPU has preferred the causal wavefront kernel, of 3 and 7 products, it still counts as 4 and 8.
 A recomputed block counts whole, though torch may skip its last product, whose result the backward pass does not need.
 Packed documents count as one row, the convention of the field, which overstates attention for short documents.
 """
@@ -29,6 +30,7 @@ from torch import nn
 
 from train.config import AnyConfig, LanguageConfig, LanguageModelConfig, VisionModelConfig
 from train.models.layers import parse_twicing_layers
+from twicing_core import preferences
 
 FUSED_SHORT = 512  # tokens up to which the CPU's fused kernels keep A of full attention
 
@@ -120,5 +122,8 @@ def _attention(shape: _Shape, twicing: bool, backend: str, device: torch.device)
     if backend == "composed":
         return 9 * product, 4 * product, 10 * product
     assert backend == "fused", backend
-    one_pass = device.type == "cpu" and (shape.causal or shape.tokens <= FUSED_SHORT)
+    if device.type == "cpu":
+        one_pass = shape.causal or shape.tokens <= FUSED_SHORT
+    else:
+        one_pass = preferences.regime(shape.tokens, shape.head_width, shape.causal) == "short"
     return 9 * product, (3 if one_pass else 4) * product, (7 if one_pass else 8) * product

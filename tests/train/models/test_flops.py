@@ -83,10 +83,12 @@ def test_what_twicing_adds_to_softmax(
     assert twicing[1] - softmax[1] == pytest.approx(hardware_products * product)
 
 
-def test_the_fused_kernels_of_a_gpu_take_two_passes() -> None:
-    cpu, cuda = (flops_with(language(), "fused", torch.device(device)) for device in ("cpu", "cuda"))
-    assert cuda[0] == cpu[0]
-    assert cuda[1] - cpu[1] == pytest.approx((12 - 10) / 2 * 2 * 24**2 * 32 * 3)
+@pytest.mark.parametrize(("length", "products"), [(256, 10), (257, 12)], ids=["short", "long"])
+def test_the_fused_kernels_of_a_gpu_take_one_pass_over_short_rows(length: int, products: int) -> None:
+    twicing, softmax = language(sequence_length=length), language(sequence_length=length, twicing_layers="none")
+    cuda = torch.device("cuda")
+    added = flops_with(twicing, "fused", cuda)[1] - flops_with(softmax, "fused", cuda)[1]
+    assert added == pytest.approx((products - 7) / 2 * 2 * length**2 * 32 * 3)
 
 
 def test_model_flops_of_softmax_are_six_per_parameter_and_attention() -> None:
