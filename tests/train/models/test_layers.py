@@ -40,6 +40,15 @@ def test_rotary_against_complex_multiplication() -> None:
     torch.testing.assert_close(actual, torch.cat([expected.real, expected.imag], dim=-1).float(), atol=1e-5, rtol=1e-5)
 
 
+def test_rotary_gradients() -> None:
+    """Of the first and second order, against finite differences; float32 throughout, so not to many digits."""
+    x = torch.randn(1, 2, 5, 8, dtype=torch.float32, requires_grad=True)
+    positions = RotaryPositions(5, 8, 500.0, CPU)
+    tolerance = {"eps": 1e-2, "atol": 1e-3, "rtol": 1e-3}
+    assert torch.autograd.gradcheck(positions, x, **tolerance)
+    assert torch.autograd.gradgradcheck(positions, x, **tolerance)
+
+
 def test_rotary_in_bfloat16_is_right_at_position_4000() -> None:
     x = torch.randn(1, 1, 4001, 64).bfloat16()
     exact = rotate(x.float())
