@@ -105,10 +105,11 @@ def _candidate(name: str, config: AnyConfig, ranks: Ranks, **model_settings: str
 
 def _step(candidate: Candidate, task: Task, batch: Batch) -> tuple[float, ...]:
     """One step as the training loop makes it, on one micro-batch; seconds of its parts."""
-    engine, separate = candidate.engine, candidate.separate
+    engine = candidate.engine
     engine.train()
+    seen: dict[str, Any] = dict(batch) if candidate.separate else {**batch, "cu_seqlens": None}
     times = [time.perf_counter()]
-    loss = task.loss_sum(engine, batch if separate else batch | {"cu_seqlens": None}, 0)
+    loss = task.loss_sum(engine, seen, 0)
     times.append(time.perf_counter())
     engine.backward(loss / targets(batch, task.units_per_sample), scale_wrt_gas=False)
     times.append(time.perf_counter())
