@@ -28,7 +28,8 @@ HEAD_DIM = 32
 TIMEOUT_S = 300
 CASES = (Case("bf16", HEAD_DIM, 150, causal=True, grouped=True), Case("bf16", HEAD_DIM, 100, packed=True))
 HALF_CASE = Case("fp16", HEAD_DIM, 70)  # beside them for the instructions, some of which are of this type only
-SHORT_CASES = (Case("bf16", HEAD_DIM, 150, causal=True, grouped=True), Case("bf16", HEAD_DIM, 100, packed=True))
+# The last has logits of ±500, without which any number will do for a maximum.
+SHORT_CASES = (*CASES, Case("bf16", HEAD_DIM, 70, query_scale=25.0, scale=1.0))
 WAVEFRONT_CASES = (
     Case("bf16", HEAD_DIM, 300, causal=True, grouped=True),
     Case("bf16", HEAD_DIM, 200, causal=True, packed=True),
@@ -131,12 +132,6 @@ SHORT = (
     ),
     Mutant("rows past the end divided by 0", "short_forward.cuh", "total > 0.f ?", "true ?"),
     Mutant("U for 2 U", "short_forward.cuh", "{-2.f, -2.f}", "{-1.f, -1.f}"),
-    Mutant(
-        "2 U of the rounded U",
-        "short_forward.cuh",
-        "output[t][n][i] * inverse",
-        "(output[t][n][i] = ptx::low(T{}, ptx::pack(T{}, output[t][n][i], 0.f))) * inverse",
-    ),
     Mutant("log-sum-exp of the first queries for all", "short_backward.cuh", "lse + first_query * 4,", "lse,"),
     Mutant("delta of the neighbour", "short_backward.cuh", "- delta_of[0])", "- delta_of[1])"),
     Mutant("one of two signs changed (short)", "short.cuh", "0x80008000u", "0x8000u"),
