@@ -60,9 +60,7 @@ class SequenceParallel:
         return self._exchange(query, key, value, batch_dimension, no_rotary, attend, **arguments).transpose(1, 2)
 
 
-def _attend_heads(
-    query: Tensor, key: Tensor, value: Tensor, attend: Callable[..., Tensor], **arguments: Any
-) -> Tensor:
+def _attend_heads(query: Tensor, key: Tensor, value: Tensor, attend: Callable[..., Tensor], **arguments: Any) -> Tensor:
     """`attend` for tensors laid out as DeepSpeed has them, (batch, seq, heads, head_dim)."""
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     return attend(query, key, value, **arguments).transpose(1, 2)

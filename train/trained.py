@@ -16,7 +16,6 @@ from train.run_directory import newest_checkpoint
 from train.tasks import Task, build_task
 from train.weights import load_weights
 
-
 ALONE = ("train.micro_batch_size=null", "train.sequence_parallel_size=1")  # what has been for other ranks too
 
 
