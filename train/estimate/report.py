@@ -225,7 +225,8 @@ def storage(plan: Plan, filesystem_bandwidth: float) -> str:
     """`filesystem_bandwidth` in bytes/s, over all nodes."""
     checkpoint = sum(checkpoint_bytes(plan.parameters, plan.precision))
     fast, slow = step_seconds(plan)
-    samples = plan.config.train.global_batch_size / plan.nodes
+    # Each of the ranks that share a row reads all of it.
+    samples = plan.config.train.global_batch_size * plan.config.train.sequence_parallel_size / plan.nodes
     data = [samples / seconds * plan.bytes_per_sample / 1e6 for seconds in (slow, fast)]
     every = plan.config.checkpoint.every_steps
     return _lines(
