@@ -248,7 +248,7 @@ def _check_sequence_parallel(config: AnyConfig, problems: Problems) -> None:
         shared["model.kv_heads"] = model.kv_heads
     for other, number in shared.items():
         problems.require(number % size == 0, key, size, f"a divisor of {other}, {number}")
-    allowed = f"false with {key}={size}: torch.compile takes the exchange between ranks for a constant"
+    allowed = f"false with {key}={size}: traced by torch.compile, the exchange between ranks gets no gradient"
     problems.require(not config.train.compile, "train.compile", config.train.compile, allowed)
 
 
