@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from train import distributed
+from train import distributed, sequence_parallel
 from train.config import AnyConfig, LanguageConfig, load_config
 from train.data.loader import build_data
 from train.distributed import Ranks
@@ -62,7 +62,7 @@ def main() -> int:
 
 def _run(config: AnyConfig, options: argparse.Namespace, ranks: Ranks) -> None:
     data = build_data(config, ranks.rank, ranks.world_size)
-    task = build_task(config, data.tokenizer_path, ranks.device)
+    task = build_task(config, data.tokenizer_path, ranks.device, sequence_parallel.start(config))
     candidates = _candidates(config, ranks)
     batches = data.train_batches(first_n=0)
     for measured in [False] * 3 + [True] * options.rounds:

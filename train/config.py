@@ -121,6 +121,7 @@ class TrainConfig:
     hang_seconds: int = (
         120  # a rank that gets no further for so long dumps its stacks and ends (start, save, load: 10 times)
     )
+    sequence_parallel_size: int = 1  # ranks that share a row, each with its slice of the positions (language)
     planned_world_size: int = 1  # ranks a recipe is meant for; `--dry-run` plans with it
 
 

@@ -15,16 +15,16 @@ from torch import nn
 
 from train import zero
 from train.config import AnyConfig
-from train.data.order import micro_batch_size
+from train.data.order import data_parallel_size, micro_batch_size
 from train.tasks import Task
 from train.tasks.language import LanguageTask
 
 
 def gradient_accumulation_steps(config: AnyConfig, world_size: int) -> int:
     """Forward passes a rank makes for one optimizer step; an integer, which the data's start-up check has made sure of."""
-    micro = micro_batch_size(config, world_size)
-    assert config.train.global_batch_size % (micro * world_size) == 0
-    return config.train.global_batch_size // (micro * world_size)
+    at_once = micro_batch_size(config, world_size) * data_parallel_size(config, world_size)
+    assert config.train.global_batch_size % at_once == 0
+    return config.train.global_batch_size // at_once
 
 
 def zero_settings(config: AnyConfig) -> dict[str, Any]:
@@ -56,6 +56,8 @@ def deepspeed_config(config: AnyConfig, world_size: int, precision: str) -> dict
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": micro_batch_size(config, world_size),
         "gradient_accumulation_steps": gradient_accumulation_steps(config, world_size),
+        # Of the ranks that share rows DeepSpeed is told for the sake of these products only (`train.sequence_parallel`).
+        "sequence_parallel_size": config.train.sequence_parallel_size,
         "gradient_clipping": optimizer.grad_clip,
         "optimizer": {"type": "AdamW", "params": parameters},
         "bf16": {"enabled": precision == "bf16"},

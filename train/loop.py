@@ -63,6 +63,8 @@ class Trainer:
         self._stop = stop
         self._watchdog = watchdog
         self._micro_batches = engines.gradient_accumulation_steps(config, ranks.world_size)
+        # Ranks that share rows have the same samples: the first of them counts these.
+        self._counts_samples = ranks.rank % config.train.sequence_parallel_size == 0
         self._saved_step = 0
         self._save_seconds = 0.0  # that the save under way has held up training
         self._bad_steps = BadSteps(config.train, ranks.broadcast(monitor.last_steps(WINDOW) if monitor else None))
@@ -101,10 +103,11 @@ class Trainer:
         seconds = dict.fromkeys(("data", "forward", "backward", "optimizer"), 0.0)
         with self._clock(seconds, "data", step):
             micro_batches, bad_sample = self._next_micro_batches(batches)
+            counted = micro_batches if self._counts_samples else []
             target_count, ids_hash, stop_requests, bad_samples, written = self._ranks.sum_integers(
                 [
-                    sum(targets(batch, self._task.units_per_sample) for batch in micro_batches),
-                    _wrap(sum(sample_hash(batch["sample_ids"].numpy()) for batch in micro_batches)),
+                    sum(targets(batch, self._task.units_per_sample) for batch in counted),
+                    _wrap(sum(sample_hash(batch["sample_ids"].numpy()) for batch in counted)),
                     int(self._stop.reason is not None),
                     int(bad_sample is not None),
                     int(self._checkpoints.is_written()),

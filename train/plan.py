@@ -39,11 +39,13 @@ def dry_run(config: AnyConfig) -> int:
 
     print(to_yaml(config))
     print(_plan(config, task, model, world_size, precision), flush=True)
-    samples = micro_batch_size(trial, 1)
+    samples, shared = micro_batch_size(trial, 1), config.train.sequence_parallel_size
     if data:
         batch, source = next(data.train_batches(first_n=0)), f"the first {samples} samples of {config.data.train}"
     else:
         batch, source = task.placeholder_batch(samples), f"{samples} random samples, as {absence}"
+    if shared > 1:
+        batch, source = _slice(batch, shared), f"a rank's slice, one of {shared}, of {source}"
     print(f"one batch: {source}", flush=True)
     print(_try_batch(task, model.to(device, DTYPES[precision]), batch, device), flush=True)
     return EXIT_FINISHED
@@ -55,8 +57,24 @@ def _trial_config(config: AnyConfig, world_size: int, device: torch.device) -> A
     samples = micro_batch_size(config, world_size) if device.type == "cuda" else least
     trial = deepcopy(config)
     trial.train.micro_batch_size = trial.train.global_batch_size = samples
+    trial.train.sequence_parallel_size = 1
     trial.data.workers = 0
     return trial
+
+
+def _slice(batch: Batch, shared: int) -> Batch:
+    """The first of `shared` slices of the rows, as rows of their own.
+
+    What a rank of a sequence group computes, but for attention: that is over whole rows, for so many heads fewer, which takes
+    the same memory.
+    """
+    rows, length = batch["input_ids"].shape
+    length //= shared
+    return batch | {
+        "input_ids": batch["input_ids"][:, :length],
+        "targets": batch["targets"][:, :length],
+        "cu_seqlens": torch.arange(0, rows * length + 1, length, dtype=torch.int32),
+    }
 
 
 def _data_if_there(config: AnyConfig) -> tuple[Any, str]:
@@ -78,6 +96,7 @@ def _plan(config: AnyConfig, task: Task, model: nn.Module, world_size: int, prec
         f"parameters                {parameters:,}",
         f"{task.unit} a step".ljust(26) + f"{step_units:,}",
         f"{task.unit} in all".ljust(26) + f"{step_units * config.train.steps:,}",
+        f"ranks that share a row    {config.train.sequence_parallel_size}",
         f"samples a forward pass    {micro_batch_size(config, world_size)}",
         f"gradient accumulation     {gradient_accumulation_steps(config, world_size)}",
         f"FLOPs a step, model       {model_flops * step_units:.3e}",
@@ -94,7 +113,8 @@ def _plan(config: AnyConfig, task: Task, model: nn.Module, world_size: int, prec
 def _try_batch(task: Task, model: nn.Module, batch: Batch, device: torch.device) -> str:
     batch = {name: value.to(device) for name, value in batch.items()}
     start = time.perf_counter()
-    loss = task.loss_sum(model, batch, first_sample=0) / max(1, targets(batch, task.units_per_sample))
+    units = batch["targets"].shape[1] if "targets" in batch else task.units_per_sample
+    loss = task.loss_sum(model, batch, first_sample=0) / max(1, targets(batch, units))
     loss.backward()
     value = loss.item()
     return (

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from train import distributed
+from train import distributed, sequence_parallel
 from train.agreement import check_agreement
 from train.checkpoint import Checkpoints, State
 from train.config import AnyConfig, to_yaml
@@ -81,7 +81,8 @@ def _train(config: AnyConfig, ranks: Ranks, directory: RunDirectory, stop: StopR
             checkpoints.remove_partial()
             (directory.path / "config.yaml").write_text(to_yaml(config))
             directory.write_status("running")
-    task = build_task(config, data.tokenizer_path, ranks.device)
+    shared_rows = sequence_parallel.start(config)
+    task = build_task(config, data.tokenizer_path, ranks.device, shared_rows)
     precision = resolve_precision(config.train.precision, ranks.device)
     engine, state = _build_engine(config, ranks, task, checkpoints, precision)
     step = state.step if state else 0
@@ -173,6 +174,8 @@ def _announce(
         f"{parameters / 1e6:.2f}M parameters, {place}, ZeRO-{engine.zero_optimization_stage()}, {precision}, "
         f"run directory {config.run.dir}"
     )
+    if config.train.sequence_parallel_size > 1:
+        monitor.say(f"{config.train.sequence_parallel_size} ranks share each row (train.sequence_parallel_size)")
     for change in changes:
         monitor.say(f"warning: {change}")
     monitor.say(f"{'continuing after' if step else 'starting before'} step {step or 1} ({seconds:.1f} s since launch)")

@@ -20,18 +20,16 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed would look for on
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from train.config import AnyConfig, load_config
 from train.data.manifest import Manifest
-from train.data.order import DataOrder, check_world_size, micro_batch_size, rank_numbers
+from train.data.order import DataOrder, check_world_size, data_parallel_size, micro_batch_size, rank_numbers
 from train.data.storage import is_remote
-from train.distributed import disable_shared_memory_extension
 from train.engine import deepspeed_config, gradient_accumulation_steps, zero_settings
 from train.estimate.activations import meta_model
+from train.estimate.fake_ranks import fake_process_group
 from train.estimate.memory import state_memory, zero_config
 from train.precision import DTYPES
 from train.tasks import build_task
@@ -84,31 +82,11 @@ def partition_as(rank: int, world_size: int, config: AnyConfig) -> dict[str, int
     """Elements by parameter that DeepSpeed gives to `rank` under ZeRO-3. Of the model only this rank's part stays."""
     import deepspeed
 
-    with _fake_process_group(rank, world_size), _no_initial_values(), _default_dtype(DTYPES[config.train.precision]):
+    with fake_process_group(rank, world_size), _no_initial_values(), _default_dtype(DTYPES[config.train.precision]):
         settings = deepspeed_config(config, world_size, config.train.precision)
         with deepspeed.zero.Init(config_dict_or_path=settings):
             model: nn.Module = build_task(config, None, torch.device("cpu")).build_model()
         return {name: p.ds_tensor.numel() for name, p in model.named_parameters()}  # type: ignore[attr-defined]
-
-
-@contextmanager
-def _fake_process_group(rank: int, world_size: int) -> Iterator[None]:
-    """This process as `rank` of a job of `world_size`: every collective operation returns at once, having sent nothing."""
-    import deepspeed
-
-    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
-    variables = dict(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0", MASTER_ADDR="none", MASTER_PORT="0")
-    before = os.environ.copy()
-    os.environ.update(variables)
-    disable_shared_memory_extension()
-    try:
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-        dist.destroy_process_group()
-        deepspeed.comm.comm.cdb = None  # what it remembers of the group
 
 
 class _no_initial_values(TorchDispatchMode):
@@ -132,13 +110,18 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def simulate_data(config: AnyConfig, world_size: int, samples: int | None) -> str:
-    """Gives every rank its samples of the first epoch, and checks that no sample is given twice."""
+    """Gives every rank its samples of the first epoch, and checks that no sample is given twice.
+
+    Ranks that share rows count as one.
+    """
     sizes, source = _shard_sizes(config, samples)
     order = DataOrder(sizes, config.data.lanes, config.data.shuffle_block, config.train.seed)
-    each = order.samples_per_epoch // world_size
+    size, shared = data_parallel_size(config, world_size), config.train.sequence_parallel_size
+    who = "every rank" if shared == 1 else f"every group of {shared} ranks that share rows"
+    each = order.samples_per_epoch // size
     seen = np.zeros(order.samples, dtype=bool)
-    for rank in range(world_size):
-        ids = order.sample_ids(rank_numbers(0, rank, world_size, each))
+    for rank in range(size):
+        ids = order.sample_ids(rank_numbers(0, rank, size, each))
         assert not seen[ids].any() and len(np.unique(ids)) == each, f"rank {rank} gets samples that were given out"
         seen[ids] = True
     left_out = order.samples - int(seen.sum())
@@ -147,9 +130,9 @@ def simulate_data(config: AnyConfig, world_size: int, samples: int | None) -> st
     return "\n".join(
         [
             f"data: {order.samples:,} samples in {len(sizes)} shards ({source})",
-            f"an epoch: {each:,} samples for every rank, from {order.lanes // world_size} lanes; no sample twice, "
+            f"an epoch: {each:,} samples for {who}, from {order.lanes // size} lanes; no sample twice, "
             f"{left_out:,} left out, others in each epoch",
-            f"a step: {gradient_accumulation_steps(config, world_size)} x {micro} samples on every rank; "
+            f"a step: {gradient_accumulation_steps(config, world_size)} x {micro} samples for {who}; "
             f"{order.samples_per_epoch / config.train.global_batch_size:,.1f} steps an epoch, {config.train.steps:,} in all",
         ]
     )

@@ -16,6 +16,8 @@ from train.run_directory import newest_checkpoint
 from train.tasks import Task, build_task
 from train.weights import load_weights
 
+ALONE = ("train.micro_batch_size=null", "train.sequence_parallel_size=1")  # what has been for other ranks too
+
 
 @dataclass
 class Trained:
@@ -36,7 +38,7 @@ def open_run(run_dir: str | Path, overrides: list[str] | None = None) -> Trained
     config_file = Path(run_dir) / "config.yaml"
     if not config_file.is_file():
         raise ValueError(f"{run_dir} is not a run directory: it holds no config.yaml")
-    config = load_config(config_file, ["train.micro_batch_size=null", *(overrides or [])])
+    config = load_config(config_file, [*ALONE, *(overrides or [])])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = build_data(config, 0, 1)
     task = build_task(config, data.tokenizer_path, device)

@@ -49,6 +49,7 @@ AT_LEAST_1 = (
     "train.stop_at_step",
     "train.global_batch_size",
     "train.micro_batch_size",
+    "train.sequence_parallel_size",
     "train.planned_world_size",
     "train.hang_seconds",
     "checkpoint.every_steps",
@@ -132,6 +133,7 @@ def validate(config: AnyConfig) -> None:
             _check_language_model(config.model, problems)
         else:
             _check_vision(config, problems)
+        _check_sequence_parallel(config, problems)
     if problems.lines:
         raise ValueError("\n".join(problems.lines))
     for message in _ignored_settings(config):
@@ -231,6 +233,23 @@ def _check_language_model(model: LanguageModelConfig, problems: Problems) -> Non
         in_range = bool(cutoffs) and min(cutoffs) >= 1 and max(cutoffs) < model.vocab_size
         allowed = f"ascending, at least 1 and below model.vocab_size, {model.vocab_size}, for the adaptive head"
         problems.require(ascending and in_range, "model.adaptive_cutoffs", cutoffs, allowed)
+
+
+def _check_sequence_parallel(config: AnyConfig, problems: Problems) -> None:
+    key, size = "train.sequence_parallel_size", config.train.sequence_parallel_size
+    if size == 1:
+        return
+    if not isinstance(config, LanguageConfig):
+        problems.require(False, key, size, "1 for vision: the positions of an image are not shared between ranks")
+        return
+    model = config.model
+    shared = {"model.sequence_length": model.sequence_length, "model.heads": model.heads}
+    if model.kv_heads is not None:
+        shared["model.kv_heads"] = model.kv_heads
+    for other, number in shared.items():
+        problems.require(number % size == 0, key, size, f"a divisor of {other}, {number}")
+    allowed = f"false with {key}={size}: traced by torch.compile, the exchange between ranks gets no gradient"
+    problems.require(not config.train.compile, "train.compile", config.train.compile, allowed)
 
 
 def _check_vision(config: VisionConfig, problems: Problems) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -61,6 +62,7 @@ class TwicingAttention(nn.Module):
         cu_seqlens: Tensor | None = None,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
+        distribute: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         """Attends within each row of tokens, or within each document of it.
 
@@ -70,6 +72,8 @@ class TwicingAttention(nn.Module):
             cu_seqlens: (documents + 1,) int32, starts of packed documents, as in `twicing_attention`.
             attn_mask: broadcastable to (batch, heads, seq, seq), as in `twicing_attention`.
             is_causal: timm's blocks pass it; causality is a property of this module, so True needs a causal one.
+            distribute: called as ``distribute(attend, query, key, value, ...)`` in place of ``attend(query, key, value, ...)``:
+                where `x` is a part of what is attended to, it brings the parts together around `attend`.
 
         Returns:
             (batch, seq, embed_dim).
@@ -83,7 +87,8 @@ class TwicingAttention(nn.Module):
         query, key, value = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         if rotary is not None:
             query, key = rotary(query), rotary(key)
-        output = self.attend(query, key, value, cu_seqlens=cu_seqlens, attn_mask=attn_mask)
+        attend = self.attend if distribute is None else partial(distribute, self.attend)
+        output = attend(query, key, value, cu_seqlens=cu_seqlens, attn_mask=attn_mask)
         return self.proj(output.transpose(1, 2).flatten(2))
 
     def attend(

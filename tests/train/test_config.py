@@ -142,6 +142,7 @@ AT_LEAST_1 = ["model.layers", "model.width", "model.heads", "data.lanes", "data.
     "train.stop_at_step",
     "train.global_batch_size",
     "train.micro_batch_size",
+    "train.sequence_parallel_size",
     "train.planned_world_size",
     "checkpoint.every_steps",
     "checkpoint.keep",
@@ -217,6 +218,24 @@ def test_impossible_language_values(tmp_path: Path, override: str, message: str)
 def test_impossible_adaptive_cutoffs(tmp_path: Path, cutoffs: str) -> None:
     message = refusal(tmp_path, LANGUAGE, "model.head=adaptive", f"model.adaptive_cutoffs={cutoffs}")
     assert message.startswith("model.adaptive_cutoffs is [") and "below model.vocab_size, 100" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.sequence_length=18"], "is 4; it must be a divisor of model.sequence_length, 18"),
+        (["model.heads=2"], "is 4; it must be a divisor of model.heads, 2"),
+        (["model.kv_heads=2"], "is 4; it must be a divisor of model.kv_heads, 2"),
+        (["train.compile=true"], "train.compile is True; it must be false with train.sequence_parallel_size=4"),
+    ],
+)
+def test_rows_that_can_not_be_shared(tmp_path: Path, overrides: list[str], message: str) -> None:
+    assert message in refusal(tmp_path, LANGUAGE, "train.sequence_parallel_size=4", *overrides)
+
+
+def test_images_are_not_shared(tmp_path: Path) -> None:
+    message = "train.sequence_parallel_size is 2; it must be 1 for vision"
+    assert refusal(tmp_path, VISION, "train.sequence_parallel_size=2").startswith(message)
 
 
 def test_odd_width_with_sinusoidal_positions(tmp_path: Path) -> None:

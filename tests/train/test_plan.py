@@ -16,6 +16,7 @@ RECIPES = sorted(
 )
 # One batch of the largest takes minutes on two cores: its depth goes, its shape stays where it can.
 SMALLER = {recipe: ["model.layers=2"] for recipe in ("llama_1b", "gpt2_124m", "wikitext103_paper")}
+SMALLER["llama_1b"].append("train.sequence_parallel_size=4")  # the batch is then a rank's slice of a row
 SMALLER["llama_70b"] = ["model.layers=2", "model.width=256", "model.heads=8", "model.mlp_width=1024"]
 
 

@@ -40,6 +40,13 @@ def test_parameters_that_do_not_divide_are_padded():
     assert not torch.distributed.is_initialized() and torch.get_default_dtype() == torch.float32
 
 
+def test_ranks_that_share_rows_get_the_same_samples(capsys):
+    main(["configs/language/quickstart.yaml", "train.sequence_parallel_size=4", "--world-size=16", "--samples=9600"])
+    printed = capsys.readouterr().out
+    assert "an epoch: 2,400 samples for every group of 4 ranks that share rows, from 240 lanes; no sample" in printed
+    assert "a step: 1 x 2 samples for every group of 4 ranks" in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -21,7 +21,14 @@ from train.config import AnyConfig, DataConfig, LanguageConfig, VisionConfig
 from train.data.batches import BadSampleError, Batch, MakeBatch
 from train.data.images import ImageBatches, crop_flip, no_augmentation, rand_augment
 from train.data.manifest import ImageManifest, Manifest, TextManifest
-from train.data.order import DataOrder, check_world_size, micro_batch_size, rank_numbers, validation_numbers
+from train.data.order import (
+    DataOrder,
+    check_world_size,
+    data_parallel_size,
+    micro_batch_size,
+    rank_numbers,
+    validation_numbers,
+)
 from train.data.shards import ShardReader
 from train.data.storage import check_address, fetch, file_sha256, is_remote, join, local_path
 from train.data.text import TextBatches
@@ -79,22 +86,26 @@ def _loader(batches: MicroBatches, workers: int) -> DataLoader:
 
 
 def train_loader(
-    config: AnyConfig, order: DataOrder, make_batch: MakeBatch, first_n: int, rank: int, world_size: int
+    config: AnyConfig, order: DataOrder, make_batch: MakeBatch, first_n: int, rank: int, size: int, micro: int
 ) -> DataLoader:
-    """Micro-batches of `rank` from sample number `first_n` on, without end; items as of `MicroBatches`."""
-    micro = micro_batch_size(config, world_size)
+    """Micro-batches of data-parallel rank `rank` of `size` from sample number `first_n` on, without end.
+
+    Items as of `MicroBatches`, each of `micro` samples.
+    """
     repeats = config.data.repeats if isinstance(config, VisionConfig) else 1
 
     def make(j: int) -> Batch:
-        numbers = rank_numbers(first_n + j * micro * world_size, rank, world_size, micro)
+        numbers = rank_numbers(first_n + j * micro * size, rank, size, micro)
         return make_batch(numbers, order.sample_ids(numbers // repeats), np.ones(micro, dtype=np.float32))
 
     return _loader(MicroBatches(make, count=None), config.data.workers)
 
 
-def validation_loader(config: AnyConfig, samples: int, make_batch: MakeBatch, rank: int, world_size: int) -> DataLoader:
+def validation_loader(
+    config: AnyConfig, samples: int, make_batch: MakeBatch, rank: int, size: int, micro: int
+) -> DataLoader:
     """One pass over `samples` samples in natural order; as many micro-batches on every rank, padding weighs 0."""
-    numbers = validation_numbers(samples, rank, world_size, micro_batch_size(config, world_size))
+    numbers = validation_numbers(samples, rank, size, micro)
 
     def make(j: int) -> Batch:
         ids = np.minimum(numbers[j], samples - 1)  # padding shows the last sample
@@ -143,6 +154,8 @@ def _raising(loader: DataLoader) -> Iterator[Batch]:
 def build_data(config: AnyConfig, rank: int, world_size: int) -> Data:
     """Opens the data sets of `config` for one rank, after checking that they fit the model and the number of ranks.
 
+    Ranks that share rows (`train.sequence_parallel_size`) get the same batches, of whole rows.
+
     Raises:
         ValueError: a data set is missing, damaged or of the wrong kind, a setting does not fit it or the number of
             ranks; the message names the key, its value and what is allowed.
@@ -164,14 +177,17 @@ def build_data(config: AnyConfig, rank: int, world_size: int) -> Data:
         tokenizer_path = _tokenizer(config.data, train)
     make_train = _batch_maker(config, config.data.train, train, augmented=True)
     make_validation = _batch_maker(config, config.data.validation, validation, augmented=False)
+    # Its place in the data order.
+    place = rank // config.train.sequence_parallel_size, data_parallel_size(config, world_size)
+    micro = micro_batch_size(config, world_size)
     return Data(
         train_manifest=train,
         validation_manifest=validation,
         order=order,
         tokenizer_path=tokenizer_path,
         bos_id=train.bos_id if isinstance(train, TextManifest) else None,
-        _train_loader=lambda first_n: train_loader(config, order, make_train, first_n, rank, world_size),
-        _validation_loader=validation_loader(config, validation.samples, make_validation, rank, world_size),
+        _train_loader=lambda first_n: train_loader(config, order, make_train, first_n, *place, micro),
+        _validation_loader=validation_loader(config, validation.samples, make_validation, *place, micro),
     )
 
 

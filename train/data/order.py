@@ -1,7 +1,7 @@
 """Which sample is number n of a run: pure arithmetic on integers, no I/O, no state to save.
 
     n        global sample number 0, 1, 2, ... over the whole run
-    W        data-parallel size; divides L and the global batch size
+    W        data-parallel size, the ranks over train.sequence_parallel_size; divides L and the global batch size
     L        lanes
     S        samples permuted together inside a lane (shuffle_block)
     T        samples in the data set; E = L * (T // L) of them are used in an epoch
@@ -97,25 +97,36 @@ def validation_numbers(samples: int, rank: int, world_size: int, micro_batch: in
 
 def check_world_size(config: AnyConfig, world_size: int) -> None:
     """Raises ValueError, naming the key, if `config` can't be trained by `world_size` ranks."""
-    lanes, batch = config.data.lanes, config.train.global_batch_size
-    if lanes % world_size:
-        raise ValueError(f"data.lanes is {lanes}; it must be a multiple of the number of ranks, {world_size}")
-    if batch % world_size:
-        raise ValueError(
-            f"train.global_batch_size is {batch}; it must be a multiple of the number of ranks, {world_size}"
-        )
+    lanes, batch, shared = config.data.lanes, config.train.global_batch_size, config.train.sequence_parallel_size
+    if world_size % shared:
+        raise ValueError(f"train.sequence_parallel_size is {shared}; it must divide the number of ranks, {world_size}")
+    size = data_parallel_size(config, world_size)
+    ranks = "the number of ranks"
+    if shared > 1:
+        ranks += f" over train.sequence_parallel_size, {world_size} / {shared} ="
+    else:
+        ranks += ","
+    if lanes % size:
+        raise ValueError(f"data.lanes is {lanes}; it must be a multiple of {ranks} {size}")
+    if batch % size:
+        raise ValueError(f"train.global_batch_size is {batch}; it must be a multiple of {ranks} {size}")
     micro = micro_batch_size(config, world_size)
-    if batch % (micro * world_size):
-        allowed = [m for m in range(1, batch // world_size + 1) if batch // world_size % m == 0]
+    if batch % (micro * size):
+        allowed = [m for m in range(1, batch // size + 1) if batch // size % m == 0]
         raise ValueError(
             f"train.micro_batch_size is {micro}; with train.global_batch_size {batch} on {world_size} ranks it must "
             f"be one of {', '.join(map(str, allowed))}"
         )
 
 
+def data_parallel_size(config: AnyConfig, world_size: int) -> int:
+    """W for `world_size` ranks: those that share their rows count as one."""
+    return world_size // config.train.sequence_parallel_size
+
+
 def micro_batch_size(config: AnyConfig, world_size: int) -> int:
-    """Samples a rank takes in one forward pass."""
-    return config.train.micro_batch_size or config.train.global_batch_size // world_size
+    """Samples that each of `world_size` ranks takes, or takes its part of, in one forward pass."""
+    return config.train.micro_batch_size or config.train.global_batch_size // data_parallel_size(config, world_size)
 
 
 class DataOrder:

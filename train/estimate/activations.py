@@ -7,6 +7,7 @@ included. Kernels of a GPU may use some workspace besides.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from train import sequence_parallel
 from train.config import AnyConfig, LanguageConfig, LanguageModelConfig
+from train.estimate.fake_ranks import fake_process_group
 from train.estimate.live_memory import LiveBytes
 from train.models.heads import AdaptiveHead, token_losses
 from train.tasks import Task, build_task
@@ -46,7 +49,7 @@ def trace_activations(
     backend: str,
     activation_checkpointing: int | None = None,
 ) -> Activations:
-    """Runs one micro-batch of `samples` samples, every text row a single document.
+    """Runs one micro-batch of `samples` samples, every text row a single document; of shared rows, one rank's part.
 
     Args:
         dtype: of the weights.
@@ -57,9 +60,13 @@ def trace_activations(
     config.model.attention_backend = backend
     if activation_checkpointing is not None:
         config.train.activation_checkpointing = activation_checkpointing
-    task = build_task(config, None, torch.device("cpu"))
-    model = meta_model(config)
-    with FakeTensorMode(), _NoRareTokens():
+    model, size = meta_model(config), config.train.sequence_parallel_size
+    with ExitStack() as stack:
+        if size > 1:
+            stack.enter_context(fake_process_group(0, size))
+        task = build_task(config, None, torch.device("cpu"), sequence_parallel.start(config))
+        stack.enter_context(FakeTensorMode())
+        stack.enter_context(_NoRareTokens())
         _make_fake(model, dtype)
         return _trace(config, task, model, samples)
 
@@ -87,9 +94,8 @@ def _trace(config: AnyConfig, task: Task, model: nn.Module, samples: int) -> Act
     return Activations(kept, live.peak - before, sum(weights[storage] for storage in kept_weights))
 
 
-def trace_head(model: LanguageModelConfig, samples: int, dtype: torch.dtype) -> Activations:
-    """What of it the language model's head takes: logits and losses of `samples` rows, and what they are made from."""
-    tokens = samples * model.sequence_length
+def trace_head(model: LanguageModelConfig, tokens: int, dtype: torch.dtype) -> Activations:
+    """What of it the language model's head takes: logits and losses of `tokens` tokens, and what they are made from."""
     with torch.device("meta"):
         head: AdaptiveHead | nn.Linear
         if model.head == "adaptive":

@@ -11,6 +11,9 @@ Stages 1 and 2 reduce gradients by all-reduce though a rank wants its share only
 DeepSpeed's default). ZeRO-3 gathers once if it never lets weights go in between, and a recomputed block a third time if
 the block is larger than `stage3_max_reuse_distance`, so that it is let go between recomputing and its backward pass.
 Sums of a few numbers (norms, losses) don't count.
+
+Ranks that share rows (`train.sequence_parallel`) also send each other, in every layer, their slices of queries, keys, values and
+outputs, and the gradients of these: all-to-alls in the forward pass, the backward pass and, of recomputed layers, once more.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from dataclasses import dataclass
 
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+from train.config import AnyConfig, LanguageConfig
 from train.estimate.gpus import Gpu
 from train.estimate.memory import keeps_all_gathered
 
@@ -44,6 +48,39 @@ class Collective:
             ROUNDS[self.kind] * self.payload * (nodes - 1) / nodes / (gpu.network * min(gpus_per_node, world_size))
         )
         return max(inside, between)
+
+
+@dataclass(frozen=True)
+class AllToAll:
+    """Of groups of `ranks` that share rows, next to each other: a GPU keeps its own part and sends each other one theirs."""
+
+    what: str
+    payload: float  # bytes of a rank's tensors, summed over a training step
+    ranks: int
+    kind: str = "all-to-all"
+
+    def sent(self, world_size: int) -> float:
+        """Bytes that each rank sends, and receives, in a training step."""
+        return self.payload * (self.ranks - 1) / self.ranks
+
+    def seconds(self, gpu: Gpu, world_size: int, gpus_per_node: int) -> float:
+        """At the links' full bandwidth: what goes to other nodes goes through the GPU's own network card."""
+        elsewhere = self.ranks - min(self.ranks, gpus_per_node)
+        return max(self.sent(world_size) / gpu.link, self.payload * elsewhere / self.ranks / gpu.network)
+
+
+def all_to_alls(config: AnyConfig, micro_batches: int, samples: int) -> list[AllToAll]:
+    """Of `micro_batches` micro-batches of `samples` samples; none where no rows are shared."""
+    size = config.train.sequence_parallel_size
+    if size == 1 or not isinstance(config, LanguageConfig):
+        return []
+    model = config.model
+    item = 4 if config.train.precision == "fp32" else 2
+    heads = 2 * (model.heads + (model.kv_heads or model.heads))  # of queries and outputs, keys and values
+    layer = samples * model.sequence_length // size * heads * (model.width // model.heads) * item
+    every = config.train.activation_checkpointing
+    passes = 2 * model.layers + (model.layers // every if every else 0)
+    return [AllToAll("slices and heads", float(layer * passes * micro_batches), size)]
 
 
 def collectives(

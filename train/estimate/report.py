@@ -13,7 +13,7 @@ from train.config import AnyConfig, LanguageConfig
 from train.data.order import micro_batch_size
 from train.engine import gradient_accumulation_steps, zero_settings
 from train.estimate.activations import Activations, trace_activations, trace_head
-from train.estimate.communication import Collective, collectives
+from train.estimate.communication import AllToAll, Collective, all_to_alls, collectives
 from train.estimate.gpus import GIB, Gpu
 from train.estimate.memory import checkpoint_bytes, state_memory, zero_config
 from train.models.attention import planned_backend
@@ -75,13 +75,14 @@ class Plan:
     def micro_batches(self) -> int:
         return gradient_accumulation_steps(self.config, self.gpus)
 
-    def collectives(self, stage: int) -> list[Collective]:
+    def collectives(self, stage: int) -> list[Collective | AllToAll]:
         blocks = self.model.get_submodule("blocks")
         every, numel = self.config.train.activation_checkpointing, sum(p.numel() for p in blocks.parameters())
         recomputed = numel // self.config.model.layers * (self.config.model.layers // every) if every else 0
         zero = zero_config(zero_settings(self.config), stage)
         largest = numel // self.config.model.layers
-        return collectives(zero, self.parameters, self.precision, self.micro_batches, recomputed, largest)
+        sent = collectives(zero, self.parameters, self.precision, self.micro_batches, recomputed, largest)
+        return [*sent, *all_to_alls(self.config, self.micro_batches, micro_batch_size(self.config, self.gpus))]
 
 
 def model(plan: Plan) -> str:
@@ -95,6 +96,7 @@ def model(plan: Plan) -> str:
         *((f"  {kind}", f"{number:,}") for kind, number in kinds.most_common()),
         ("precision", plan.precision),
         ("attention backend", f"{plan.backend}  (model.attention_backend={plan.config.model.attention_backend})"),
+        ("ranks that share a row", f"{plan.config.train.sequence_parallel_size}"),
         ("samples a forward pass", f"{micro_batch_size(plan.config, plan.gpus)}"),
         ("gradient accumulation", f"{plan.micro_batches}"),
         (f"{plan.task.unit} a step", f"{plan.config.train.global_batch_size * plan.task.units_per_sample:,}"),
@@ -112,7 +114,8 @@ def memory(plan: Plan) -> str:
     choices = [("no layer recomputed", trace(0)), ("every layer recomputed", trace(1))]
     rows = [(label, _gib(a.kept), _gib(a.peak)) for label, a in [*choices, (f"this config: {every}", own)]]
     if isinstance(config, LanguageConfig):
-        head = trace_head(config.model, samples, DTYPES[plan.precision])
+        tokens = samples * config.model.sequence_length // config.train.sequence_parallel_size
+        head = trace_head(config.model, tokens, DTYPES[plan.precision])
         rows.append(("of these, logits and losses", _gib(head.kept), _gib(head.peak)))
     tables = [_table(("activations, GiB", "kept for backward", "at most"), rows)]
     settings = zero_settings(config)
@@ -175,7 +178,7 @@ def communication(plan: Plan) -> str:
     return _table(header, rows)
 
 
-def _seconds(plan: Plan, collectives: Sequence[Collective]) -> float:
+def _seconds(plan: Plan, collectives: Sequence[Collective | AllToAll]) -> float:
     return sum(c.seconds(plan.gpu, plan.gpus, plan.gpus_per_node) for c in collectives)
 
 
@@ -222,7 +225,8 @@ def storage(plan: Plan, filesystem_bandwidth: float) -> str:
     """`filesystem_bandwidth` in bytes/s, over all nodes."""
     checkpoint = sum(checkpoint_bytes(plan.parameters, plan.precision))
     fast, slow = step_seconds(plan)
-    samples = plan.config.train.global_batch_size / plan.nodes
+    # Each of the ranks that share a row reads all of it.
+    samples = plan.config.train.global_batch_size * plan.config.train.sequence_parallel_size / plan.nodes
     data = [samples / seconds * plan.bytes_per_sample / 1e6 for seconds in (slow, fast)]
     every = plan.config.checkpoint.every_steps
     return _lines(

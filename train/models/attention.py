@@ -5,8 +5,9 @@ And what `auto` means for a model.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +18,18 @@ from train.config import LanguageModelConfig, VisionModelConfig
 from twicing_core import TwicingAttention, fused, preferences
 from twicing_core.attention import BACKENDS
 from twicing_core.packing import attend_packed
+
+
+class SharedRows(Protocol):
+    """Rows that several ranks share, each with a slice of their positions."""
+
+    def positions(self, length: int) -> slice:
+        """This rank's positions of a row of `length`."""
+
+    def attend(
+        self, attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, **arguments: Any
+    ) -> Tensor:
+        """`attend(query, key, value, **arguments)` over whole rows, from and to this rank's slices of them."""
 
 
 class SoftmaxAttention(TwicingAttention):

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from train.config import LanguageModelConfig
-from train.models.attention import SoftmaxAttention
+from train.models.attention import SharedRows, SoftmaxAttention
 from train.models.heads import AdaptiveHead, token_losses
 from train.models.layers import FeedForward, RotaryPositions, make_norm, parse_twicing_layers, sinusoidal_positions
 from twicing_core import TwicingAttention
@@ -59,7 +59,11 @@ class LanguageModel(nn.Module):
             self.initialise()
 
     def forward(
-        self, input_ids: torch.Tensor, targets: torch.Tensor | None = None, cu_seqlens: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        shared_rows: SharedRows | None = None,
     ) -> torch.Tensor:
         """Logits, or the loss of each token where there are targets.
 
@@ -71,12 +75,16 @@ class LanguageModel(nn.Module):
             targets: (B, N) int64, the token that follows each input.
             cu_seqlens: int32 offsets into the B·N tokens where rows and documents start, 0 and B·N included. Tokens
                 attend within their document only. None makes every row one document.
+            shared_rows: where ranks share rows, this rank's part in them. All other arguments are of the whole rows, the
+                same on these ranks; what is returned is of this rank's positions only, N / ranks of them.
 
         Returns:
             Without targets, (B, N, V) logits in the model's dtype (float32 log-probabilities for the adaptive head);
             with them, (B, N) float32 losses in nats.
         """
-        x_BND = self.norm(self._hidden(input_ids, cu_seqlens))
+        own = slice(0, input_ids.shape[1]) if shared_rows is None else shared_rows.positions(input_ids.shape[1])
+        input_ids, targets = input_ids[:, own], None if targets is None else targets[:, own]
+        x_BND = self.norm(self._hidden(input_ids, own.start, cu_seqlens, shared_rows))
         if isinstance(self.head, AdaptiveHead):
             x_TD = x_BND.flatten(0, 1)
             if targets is None:
@@ -87,24 +95,27 @@ class LanguageModel(nn.Module):
             return F.linear(x_BND, weight_VD)
         return token_losses(x_BND.flatten(0, 1), weight_VD, targets.flatten()).unflatten(0, input_ids.shape)
 
-    def _hidden(self, input_ids: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+    def _hidden(
+        self, input_ids: torch.Tensor, first: int, cu_seqlens: torch.Tensor | None, shared_rows: SharedRows | None
+    ) -> torch.Tensor:
+        """`first` is the position of the first token."""
         config, length, device = self.config, input_ids.shape[1], input_ids.device
         x_BND = self.embedding(input_ids)
         rotary = None
         if config.positions == "rope":
-            rotary = RotaryPositions(length, config.width // config.heads, config.rope_theta, device)
+            rotary = RotaryPositions(length, config.width // config.heads, config.rope_theta, device, first)
         elif config.positions == "learned":
-            x_BND = x_BND + self.positions(torch.arange(length, device=device))
+            x_BND = x_BND + self.positions(torch.arange(first, first + length, device=device))
         else:
             # Scaled as in arXiv:1706.03762 (3.4); sines of size 1 would drown the embeddings otherwise.
-            positions_ND = sinusoidal_positions(length, config.width, device)
+            positions_ND = sinusoidal_positions(length, config.width, device, first)
             x_BND = x_BND * math.sqrt(config.width) + positions_ND.to(x_BND.dtype)
         x_BND = self.dropout(x_BND)
         for number, block in enumerate(self.blocks, start=1):
             if self._recomputes(number):
-                x_BND = checkpoint(block, x_BND, rotary, cu_seqlens, use_reentrant=False)
+                x_BND = checkpoint(block, x_BND, rotary, cu_seqlens, shared_rows, use_reentrant=False)
             else:
-                x_BND = block(x_BND, rotary, cu_seqlens)
+                x_BND = block(x_BND, rotary, cu_seqlens, shared_rows)
         return x_BND
 
     def _recomputes(self, number: int) -> bool:
@@ -156,12 +167,17 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x_BND: torch.Tensor, rotary: RotaryPositions | None, cu_seqlens: torch.Tensor | None
+        self,
+        x_BND: torch.Tensor,
+        rotary: RotaryPositions | None,
+        cu_seqlens: torch.Tensor | None,
+        shared_rows: SharedRows | None = None,
     ) -> torch.Tensor:
+        call: dict[str, Any] = dict(rotary=rotary, cu_seqlens=cu_seqlens, distribute=shared_rows and shared_rows.attend)
         if self.pre_norm:
-            attended = self.attention(self.attention_norm(x_BND), rotary=rotary, cu_seqlens=cu_seqlens)
+            attended = self.attention(self.attention_norm(x_BND), **call)
             x_BND = x_BND + self.dropout(attended)
             return x_BND + self.dropout(self.feed_forward(self.feed_forward_norm(x_BND)))
-        attended = self.attention(x_BND, rotary=rotary, cu_seqlens=cu_seqlens)
+        attended = self.attention(x_BND, **call)
         x_BND = self.attention_norm(x_BND + self.dropout(attended))
         return self.feed_forward_norm(x_BND + self.dropout(self.feed_forward(x_BND)))

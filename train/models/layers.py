@@ -51,7 +51,7 @@ def _layer_numbers(spec: Any, layers: int) -> list[int] | None:
 
 
 class RotaryPositions:
-    """Rotates queries and keys by their positions 0 .. length-1 (RoPE, arXiv:2104.09864).
+    """Rotates queries and keys by their positions, `length` of them from `first` on (RoPE, arXiv:2104.09864).
 
     Component i is paired with component i + K/2, as in GPT-NeoX and Llama. Attention then depends on differences of
     positions only, so documents packed in one row need no positions of their own.
@@ -60,8 +60,8 @@ class RotaryPositions:
     bfloat16 casts its buffers too, and position 4000 in bfloat16 is off by up to 8 radians.
     """
 
-    def __init__(self, length: int, head_width: int, theta: float, device: torch.device) -> None:
-        positions = torch.arange(length, dtype=torch.float32, device=device)
+    def __init__(self, length: int, head_width: int, theta: float, device: torch.device, first: int = 0) -> None:
+        positions = torch.arange(first, first + length, dtype=torch.float32, device=device)
         frequencies = theta ** (-torch.arange(0, head_width, 2, dtype=torch.float32, device=device) / head_width)
         angles = torch.outer(positions, frequencies)  # (N, K/2)
         self.cos, self.sin = angles.cos(), angles.sin()
@@ -89,9 +89,12 @@ def _rotate(x_BHNK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BHNK.dtype)
 
 
-def sinusoidal_positions(length: int, width: int, device: torch.device) -> torch.Tensor:
-    """(length, width) float32: sines in the first half of the width, cosines in the second (arXiv:1706.03762, 3.5)."""
-    positions = torch.arange(length, dtype=torch.float32, device=device)
+def sinusoidal_positions(length: int, width: int, device: torch.device, first: int = 0) -> torch.Tensor:
+    """(length, width) float32: sines in the first half of the width, cosines in the second (arXiv:1706.03762, 3.5).
+
+    Of the positions from `first` on.
+    """
+    positions = torch.arange(first, first + length, dtype=torch.float32, device=device)
     frequencies = 10_000.0 ** (-torch.arange(0, width, 2, dtype=torch.float32, device=device) / width)
     angles = torch.outer(positions, frequencies)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from train.config import AnyConfig, LanguageConfig, VisionConfig
-from train.models.attention import backend_in_use
+from train.models.attention import SharedRows, backend_in_use
 from train.models.flops import model_flops_per_sample
 from train.precision import DTYPES, resolve_precision
 
@@ -31,11 +31,12 @@ class Task(Protocol):
     def loss_sum(self, model: Any, batch: Batch, first_sample: int) -> Tensor:
         """Differentiable float32 scalar: the loss summed over the batch's targets, skipped samples weighing 0.
 
+        Where ranks share rows, over this rank's own targets.
         `first_sample` is the number n of the data order at which the global batch starts; randomness may draw from it.
         """
 
     def validation_sums(self, model: Any, batch: Batch) -> Tensor:
-        """float64 (k,): sums over the batch that `validation_metrics` turns into metrics."""
+        """float64 (k,): sums over the batch, or this rank's part of it, that `validation_metrics` turns into metrics."""
 
     def validation_metrics(self, sums: Tensor) -> dict[str, float]:
         """Metrics by name from the sums over all batches and ranks."""
@@ -58,12 +59,19 @@ def flops_per_sample(config: AnyConfig, device: torch.device) -> tuple[float, fl
     return model_flops_per_sample(config, backend_in_use(config.model, device, dtype), device)
 
 
-def build_task(config: AnyConfig, tokenizer_path: Path | None, device: torch.device) -> Task:
-    """The task that `config.task` names. `tokenizer_path` is the data set's, None where it is not at hand."""
+def build_task(
+    config: AnyConfig, tokenizer_path: Path | None, device: torch.device, shared_rows: SharedRows | None = None
+) -> Task:
+    """The task that `config.task` names.
+
+    Args:
+        tokenizer_path: the data set's; None where it is not at hand.
+        shared_rows: where ranks share rows, this rank's part in them (language).
+    """
     if isinstance(config, LanguageConfig):
         from train.tasks.language import LanguageTask
 
-        return LanguageTask(config, tokenizer_path, device)
+        return LanguageTask(config, tokenizer_path, device, shared_rows)
     assert isinstance(config, VisionConfig)
     from train.tasks.vision import VisionTask
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from train.config import LanguageConfig
 from train.evaluate.generation import generate
+from train.models.attention import SharedRows
 from train.models.language import LanguageModel
 from train.tasks import Batch, flops_per_sample
 
@@ -18,10 +19,17 @@ from train.tasks import Batch, flops_per_sample
 class LanguageTask:
     unit = "tokens"
 
-    def __init__(self, config: LanguageConfig, tokenizer_path: Path | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: LanguageConfig,
+        tokenizer_path: Path | None,
+        device: torch.device,
+        shared_rows: SharedRows | None = None,
+    ) -> None:
         self._config = config
         self._tokenizer_path = tokenizer_path
         self._device = device
+        self._shared_rows = shared_rows
         self.units_per_sample = config.model.sequence_length
 
     def build_model(self, initialise: bool = True) -> LanguageModel:
@@ -32,12 +40,22 @@ class LanguageTask:
         return model / self.units_per_sample, hardware / self.units_per_sample
 
     def loss_sum(self, model: Any, batch: Batch, first_sample: int) -> Tensor:
-        losses = model(batch["input_ids"], targets=batch["targets"], cu_seqlens=batch["cu_seqlens"])
-        return (losses * batch["weights"][:, None]).sum()
+        return self._losses(model, batch).sum()
 
     def validation_sums(self, model: Any, batch: Batch) -> Tensor:
-        loss = self.loss_sum(model, batch, 0).double().cpu()
-        return torch.stack([loss, batch["weights"].sum().double().cpu() * self.units_per_sample])
+        losses = self._losses(model, batch)
+        targets = batch["weights"].sum().double() * losses.shape[1]
+        return torch.stack([losses.sum().double(), targets]).cpu()
+
+    def _losses(self, model: Any, batch: Batch) -> Tensor:
+        """float32, of each target of the rows, or of this rank's slice of them; 0 in rows to ignore."""
+        losses = model(
+            batch["input_ids"],
+            targets=batch["targets"],
+            cu_seqlens=batch["cu_seqlens"],
+            shared_rows=self._shared_rows,
+        )
+        return losses * batch["weights"][:, None]
 
     def validation_metrics(self, sums: Tensor) -> dict[str, float]:
         loss = (sums[0] / sums[1]).item()

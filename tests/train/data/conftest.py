@@ -1,4 +1,3 @@
-import random
 from pathlib import Path
 
 import numpy as np
@@ -6,32 +5,6 @@ import pytest
 
 from train.config import LanguageConfig, VisionConfig
 from train.prepare.images import PixelImages, _write_split
-from train.prepare.text import TextSettings, prepare_text
-
-ROW_LENGTH = 16
-VOCAB_SIZE = 300
-
-
-@pytest.fixture(scope="session")
-def text_data(tmp_path_factory) -> Path:
-    """A prepared text data set: about 400 rows of 16 tokens in `train`."""
-    folder = tmp_path_factory.mktemp("text")
-    draw = random.Random(0)
-    words = ["twicing", "attention", "filters", "smooth", "residual", "tokens", "decay", "depth", "kernel", "row"]
-    lines = [" ".join(draw.choices(words, k=draw.randint(1, 30))) for _ in range(400)]
-    (folder / "input.txt").write_text("\n".join(lines) + "\n")
-    settings = TextSettings(
-        inputs=[folder / "input.txt"],
-        separator="line",
-        tokenizer=None,
-        tokenizer_type="bpe",
-        vocab_size=VOCAB_SIZE,
-        row_length=ROW_LENGTH,
-        validation_fraction=0.2,
-        rows_per_shard=50,
-    )
-    prepare_text(settings, folder / "data", processes=1)
-    return folder / "data"
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +24,7 @@ def language_config(text_data) -> LanguageConfig:
     config = LanguageConfig()
     config.data.train, config.data.validation = str(text_data / "train"), str(text_data / "validation")
     config.data.lanes, config.data.shuffle_block, config.data.workers = 12, 4, 0
-    config.model.vocab_size, config.model.sequence_length = VOCAB_SIZE, ROW_LENGTH
+    config.model.vocab_size, config.model.sequence_length = 300, 16  # of `text_data`
     config.train.global_batch_size = 12
     return config
 

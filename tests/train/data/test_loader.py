@@ -46,6 +46,15 @@ def test_any_number_of_workers_gives_the_same_batches(name, workers, request):
         assert_equal(list(data.validation_batches()), expected_validation)
 
 
+def test_ranks_that_share_rows_get_the_same_batches(language_config):
+    pairs = [build_data(language_config, rank, 2) for rank in (0, 1)]
+    language_config.train.sequence_parallel_size = 3
+    for rank in range(6):
+        data, expected = build_data(language_config, rank, 6), pairs[rank // 3]
+        assert_equal(*(list(islice(each.train_batches(first_n=12), 5)) for each in (data, expected)))
+        assert_equal(list(data.validation_batches()), list(expected.validation_batches()))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_batches_from_n_on_are_those_of_an_uninterrupted_run(name, workers, request):

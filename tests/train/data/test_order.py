@@ -162,6 +162,22 @@ def test_check_world_size_names_the_key(world_size, micro, message):
         check_world_size(config, world_size)
 
 
+@pytest.mark.parametrize(
+    ("world_size", "message"),
+    [
+        (3, r"train.sequence_parallel_size is 2; it must divide the number of ranks, 3$"),
+        (16, r"data.lanes is 12; .* the number of ranks over train.sequence_parallel_size, 16 / 2 = 8$"),
+    ],
+)
+def test_ranks_that_share_rows_count_as_one(world_size, message):
+    config = LanguageConfig()
+    config.data.lanes, config.train.global_batch_size, config.train.sequence_parallel_size = 12, 16, 2
+    for accepted in (2, 4, 8):  # 8 alone would not divide 12 lanes
+        check_world_size(config, accepted)
+    with pytest.raises(ValueError, match=message):
+        check_world_size(config, world_size)
+
+
 def test_check_world_size_accepts_what_divides():
     config = LanguageConfig()
     config.data.lanes, config.train.global_batch_size, config.train.micro_batch_size = 12, 16, 2

@@ -10,7 +10,7 @@ import torch
 
 from train.config import load_config
 from train.estimate.__main__ import main
-from train.estimate.communication import collectives
+from train.estimate.communication import all_to_alls, collectives
 from train.estimate.gpus import GPUS
 from train.estimate.memory import zero_config
 from train.models.attention import backend_in_use, planned_backend
@@ -26,6 +26,10 @@ SECTIONS = ("MODEL AND CLUSTER", "MEMORY", "FLOPS", "COMMUNICATION", "TIME AND C
             [r"  norms +10,240", "ZeRO-3 .* this config", "of these, logits and losses", r"a checkpoint +2.6 GB"],
         ),
         (
+            ["configs/language/llama_1b.yaml", "--gpus=16", "model.layers=2", "train.sequence_parallel_size=4"],
+            [r"ranks that share a row +4", r"ZeRO-3 +all-to-all of slices and heads +\d"],
+        ),
+        (
             ["configs/language/wikitext103_paper.yaml", "--gpus=4", "--gpu=4090", "model.layers=2"],
             [r"attention backend +fused"],
         ),
@@ -35,7 +39,7 @@ SECTIONS = ("MODEL AND CLUSTER", "MEMORY", "FLOPS", "COMMUNICATION", "TIME AND C
         ),
         (["configs/vision/quickstart.yaml", "--gpus=2", "--dollars-per-gpu-hour=2"], [r"the run, 3,750 steps .*, \$"]),
     ],
-    ids=["llama_1b", "wikitext103_paper", "deit_tiny", "vision_quickstart"],
+    ids=["llama_1b", "llama_1b, rows shared", "wikitext103_paper", "deit_tiny", "vision_quickstart"],
 )
 def test_prints_every_section(arguments, expected, capsys):
     main(arguments)
@@ -72,6 +76,19 @@ def test_seconds_of_a_collective_are_those_of_its_slowest_link():
     assert gather.seconds(h100, 16, 8) == pytest.approx(max(15 / 16 * 2e9 / 450e9, 1 / 2 * 2e9 / (8 * 50e9)))
     assert gather.seconds(GPUS["a100-80"], 64, 8) == pytest.approx(7 / 8 * 2e9 / (8 * 25e9))
     assert gather.seconds(h100, 1, 8) == 0
+
+
+def test_an_all_to_all_leaves_the_node_only_if_the_group_does():
+    h100, config = GPUS["h100"], load_config("configs/language/llama_1b.yaml", ["train.sequence_parallel_size=4"])
+    config.train.precision, config.train.activation_checkpointing = "bf16", 0
+    (sent,) = all_to_alls(config, micro_batches=3, samples=2)
+    model = config.model
+    heads = 2 * model.heads + 2 * model.kv_heads  # of queries and outputs, of keys and values
+    tensors = 2 * 2 * model.sequence_length // 4 * heads * (model.width // model.heads)
+    assert sent.payload == 3 * model.layers * 2 * tensors  # forward and backward
+    assert sent.sent(64) == pytest.approx(3 / 4 * sent.payload)
+    assert sent.seconds(h100, 64, gpus_per_node=8) == pytest.approx(3 / 4 * sent.payload / 450e9)
+    assert sent.seconds(h100, 64, gpus_per_node=2) == pytest.approx(1 / 2 * sent.payload / 50e9)
 
 
 def test_accumulated_micro_batches_are_sent_by_stages_2_and_3_only():

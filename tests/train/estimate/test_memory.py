@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from train import training_state
+from train import sequence_parallel, training_state
 from train.config import AnyConfig, load_config
 from train.distributed import Ranks
 from train.engine import build_engine, gradient_accumulation_steps, zero_settings
 from train.estimate.activations import Activations, trace_activations
-from train.estimate.communication import collectives
+from train.estimate.communication import all_to_alls, collectives
 from train.estimate.live_memory import LiveBytes
 from train.estimate.memory import checkpoint_bytes, state_memory, zero_config
 from train.models.attention import backend_in_use
@@ -104,7 +104,8 @@ ZERO3 = ZERO | {
     "stage3_max_live_parameters": 350_000,
     "stage3_max_reuse_distance": 0,
 }
-CASES: dict[str, tuple[str, dict[str, Any], int]] = {  # precision, what the JSON says, activation checkpointing
+# Precision, what the JSON says, activation checkpointing, and other settings.
+CASES: dict[str, tuple[str, dict[str, Any], int] | tuple[str, dict[str, Any], int, str]] = {
     "stage 0": ("bf16", {"stage": 0}, 0),
     "stage 0, fp32": ("fp32", {"stage": 0}, 0),
     "stage 1": ("bf16", ZERO | {"stage": 1}, 0),
@@ -112,6 +113,8 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {  # precision, what the JSO
     "stage 3": ("bf16", ZERO3 | {"memory_efficient_linear": False}, 0),
     "stage 3, fp32, recomputed": ("fp32", ZERO3 | {"memory_efficient_linear": False}, 1),
     "stage 3, no weight kept": ("bf16", ZERO3 | {"memory_efficient_linear": True}, 0),
+    "stage 2, rows shared": ("bf16", ZERO | {"stage": 2}, 2, "train.sequence_parallel_size=2"),
+    "stage 3, fp32, rows shared": ("fp32", ZERO3, 0, "train.sequence_parallel_size=2"),
     "stage 2, offloaded": ("bf16", ZERO | {"stage": 2, "offload_optimizer": {"device": "cpu"}}, 0),
     "stage 3, offloaded": (
         "bf16",
@@ -138,6 +141,7 @@ class Meter(LiveBytes):
             "allreduce_": "all-reduce",
             "_allgather_base_": "all-gather",
             "_reduce_scatter_base_": "reduce-scatter",
+            "alltoall_base_": "all-to-all",
         }
         if func.namespace == "c10d" and (kind := kinds.get(func.__name__.partition(".")[0])):
             # The whole tensor is an all-gather's output, a reduce-scatter's input, and what an all-reduce has.
@@ -149,7 +153,8 @@ class Meter(LiveBytes):
 
 def _measure(ranks: Ranks, config: AnyConfig, precision: str) -> tuple[dict[str, int], dict[str, float]]:
     """Bytes of a rank's second training step: state between steps, peaks in backward pass and optimizer, payloads."""
-    task, micro_batches = build_task(config, None, ranks.device), gradient_accumulation_steps(config, ranks.world_size)
+    task = build_task(config, None, ranks.device, sequence_parallel.start(config))
+    micro_batches = gradient_accumulation_steps(config, ranks.world_size)
     with Meter() as meter:
         engine = build_engine(task.build_model(), config, ranks.world_size, precision)
         measured = {}
@@ -191,12 +196,13 @@ def _predict(config: AnyConfig, precision: str, world_size: int) -> tuple[dict[s
     recomputed = blocks if config.train.activation_checkpointing else 0
     micro_batches = gradient_accumulation_steps(config, world_size)
     sent = collectives(zero, parameters, precision, micro_batches, recomputed, blocks // config.model.layers)
-    return sizes, {collective.kind: collective.payload for collective in sent}
+    config.train.precision = precision
+    return sizes, {c.kind: c.payload for c in [*sent, *all_to_alls(config, micro_batches, samples=2)]}
 
 
 def _config(file: Path, name: str, world_size: int) -> tuple[AnyConfig, str]:
     """The config of a case and its precision; `file` becomes its DeepSpeed JSON."""
-    precision, settings, checkpointing = CASES[name]
+    precision, settings, checkpointing, *others = CASES[name]
     file.write_text(json.dumps({"zero_optimization": settings}))
     overrides = [
         *LANGUAGE[1:],
@@ -204,6 +210,7 @@ def _config(file: Path, name: str, world_size: int) -> tuple[AnyConfig, str]:
         f"train.global_batch_size={4 * world_size}",
         f"train.activation_checkpointing={checkpointing}",
         f"deepspeed.config={file}",
+        *others,
     ]
     return load_config(LANGUAGE[0], overrides), precision
 
