@@ -138,7 +138,6 @@ class Checkpoints:
         except ValueError as error:
             if self._ranks.is_main:
                 shutil.rmtree(self._partial(step), ignore_errors=True)
-            self._ranks.barrier()
             newest = self.steps()[-1:]
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written in {self.directory} ({error}). Make room or make "
@@ -156,7 +155,7 @@ class Checkpoints:
         _write_flushed(self.directory / ".latest.partial", final.name)
         os.rename(self.directory / ".latest.partial", self.directory / "latest")
         _flush(self.directory)
-        for step in self.steps()[: -self._keep]:
+        for step in checkpoint_steps(self.directory)[: -self._keep]:
             shutil.rmtree(self.directory / checkpoint_name(step))
 
     def load_newest(self, engine: Any) -> State | None:
@@ -187,39 +186,35 @@ class Checkpoints:
 
     def _problem(self, checkpoint: Path) -> str | None:
         """What is wrong with a checkpoint's files, found by all ranks together; None if all match their checksums."""
-        try:
-            expected = json.loads((checkpoint / CHECKSUMS).read_text())
-        except (OSError, ValueError):
-            return f"{CHECKSUMS} is missing or unreadable"
-        missing = [name for name in expected if not (checkpoint / name).is_file()]
-        if missing:
-            return f"{missing[0]} is missing"
-        actual = self._merge(self._my_checksums(checkpoint))
-        wrong = [name for name in sorted(expected | actual) if actual.get(name) != expected.get(name)]
+        expected, names, problem = self._ranks.broadcast(_listing(checkpoint) if self._ranks.is_main else None)
+        if problem:
+            return problem
+        with self._ranks.fail_together():
+            mine = {name: _sha256(checkpoint / name) for name in names[self._ranks.rank :: self._ranks.world_size]}
+        actual = self._merge(mine)
+        wrong = [name for name in names if actual[name] != expected.get(name)]
         return f"{wrong[0]} does not match its checksum" if wrong else None
 
     def _set_aside(self, checkpoint: Path, problem: str) -> None:
-        if self._ranks.is_main:
-            aside = checkpoint.with_name(f"damaged_{checkpoint.name}")
-            print(
-                f"warning: {checkpoint} is damaged ({problem}); kept as {aside.name}, trying the one before", flush=True
-            )
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(checkpoint, aside)
-        self._ranks.barrier()
-
-    def _my_checksums(self, directory: Path) -> Checksums:
-        """sha256 of this rank's share of the files in `directory`."""
-        files = sorted(path for path in directory.iterdir() if path.is_file() and path.name != CHECKSUMS)
-        mine = files[self._ranks.rank :: self._ranks.world_size]
-        return {path.name: _sha256(path) for path in mine}
+        with self._ranks.fail_together():
+            if self._ranks.is_main:
+                aside = checkpoint.with_name(f"damaged_{checkpoint.name}")
+                print(
+                    f"warning: {checkpoint} is damaged ({problem}); kept as {aside.name}, trying the one before",
+                    flush=True,
+                )
+                shutil.rmtree(aside, ignore_errors=True)
+                os.rename(checkpoint, aside)
 
     def _merge(self, mine: Checksums) -> Checksums:
         return {name: digest for part in self._ranks.gather(mine) for name, digest in part.items()}
 
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, ascending."""
-        return checkpoint_steps(self.directory)
+        """Steps that have a checkpoint, ascending, as rank 0 sees them; every rank must call it.
+
+        Ranks that each looked for themselves could see what rank 0 does next, and go separate ways.
+        """
+        return self._ranks.broadcast(checkpoint_steps(self.directory) if self._ranks.is_main else None)
 
     def remove_partial(self) -> None:
         """Clears what a killed save has left. Only for the main rank, with the run locked."""
@@ -236,6 +231,17 @@ def _write(
     for name, (tensors, header) in files.items():
         save_file(tensors, directory / name, header)
     return {name: _sha256(directory / name, flush=True) for name in (*texts, *files)}
+
+
+def _listing(checkpoint: Path) -> tuple[Checksums, list[str], str | None]:
+    """What files there should be, which there are, and what is wrong already with these two."""
+    try:
+        expected = json.loads((checkpoint / CHECKSUMS).read_text())
+    except (OSError, ValueError):
+        return {}, [], f"{CHECKSUMS} is missing or unreadable"
+    names = sorted(path.name for path in checkpoint.iterdir() if path.is_file() and path.name != CHECKSUMS)
+    missing = sorted(expected.keys() - names)
+    return expected, names, f"{missing[0]} is missing" if missing else None
 
 
 def _sha256(path: Path, flush: bool = False) -> str:

@@ -161,12 +161,11 @@ class Trainer:
                 "schedule.warmup_steps or train.precision=fp32, or raise train.max_skipped_steps"
             )
         roll_back = self._config.train.on_loss_spike == "roll_back" and math.isfinite(record.loss)
-        if record.skipped and roll_back and self._checkpoints.steps():
+        if record.skipped and roll_back:
             self._watchdog.beat(slow=True)
             self._finish_save()
             state = self._checkpoints.load_newest(self._engine)
-            assert state is not None
-            if self._monitor:
+            if state and self._monitor:
                 self._monitor.say(f"step {record.step}  rolled back to the weights of step {state.step}")
 
     def _next_micro_batches(self, batches: Iterator[Batch]) -> tuple[list[Batch], str | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,7 @@ def _damage(ranks: Ranks, run_dir: Path, checkpoints: Checkpoints) -> None:
         (newest / "state_00001.safetensors").unlink()
         (run_dir / "checkpoints" / "step_00000002" / "evil.pt").write_bytes(b"not named by the checksums")
     ranks.barrier()
+    time.sleep(0.5 * ranks.rank)  # a rank that comes late must not look for itself at what rank 0 has renamed by then
     with pytest.raises(ValueError, match=r"no checkpoint in .* is intact"):
         checkpoints.load_newest(engine)
     assert checkpoints.steps() == []
