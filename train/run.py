@@ -17,7 +17,7 @@ from train.config import AnyConfig, to_yaml
 from train.data.loader import build_data
 from train.data.order import check_world_size
 from train.distributed import Ranks
-from train.engine import build_engine, build_model
+from train.engine import build_engine, build_model, is_partitioned, writable
 from train.loop import Outcome, Trainer, TrainingError
 from train.monitor import Monitor, show
 from train.precision import resolve_precision
@@ -35,7 +35,7 @@ from train.run_directory import (
 from train.signals import StopRequest
 from train.tasks import Task, build_task
 from train.watchdog import Watchdog
-from train.weights import load_weights
+from train.weights import copy_weights, find_weights
 
 
 def run(config: AnyConfig, process_start: float) -> int:
@@ -124,7 +124,9 @@ def _build_engine(
     model = build_model(task, config, ranks.world_size, precision)
     if config.model.init_from:
         with ranks.fail_together():
-            load_weights(model, config.model.init_from)
+            weights = find_weights(model, config.model.init_from)
+        partitioned = any(is_partitioned(parameter) for parameter in model.parameters())
+        copy_weights(model, weights, writable, read=ranks.is_main or not partitioned)
     engine = build_engine(model, config, ranks.world_size, precision)
     # From here on the ranks draw different numbers (dropout).
     torch.manual_seed(config.train.seed * 1_000_003 + ranks.rank)

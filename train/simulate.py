@@ -87,7 +87,7 @@ def partition_as(rank: int, world_size: int, config: AnyConfig) -> dict[str, int
     with _fake_process_group(rank, world_size), _no_initial_values(), _default_dtype(DTYPES[config.train.precision]):
         settings = deepspeed_config(config, world_size, config.train.precision)
         with deepspeed.zero.Init(config_dict_or_path=settings):
-            model: nn.Module = build_task(config, None, torch.device("cpu")).build_model()
+            model: nn.Module = build_task(config, None, torch.device("cpu")).build_model(initialise=False)
         return {name: p.ds_tensor.numel() for name, p in model.named_parameters()}  # type: ignore[attr-defined]
 
 

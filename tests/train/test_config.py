@@ -15,7 +15,7 @@ from train.config import AnyConfig, LanguageConfig, VisionConfig, flatten, load_
 from train.data.order import check_world_size
 from train.models.flops import count_parameters
 from train.models.language import LanguageModel
-from train.models.vision import build_vision_model
+from train.models.vision import VisionModel
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("configs/[lv]*/*.yaml"))
@@ -323,7 +323,7 @@ PARAMETERS = {
 def test_recipes_have_the_size_they_say(recipe: str) -> None:
     config = load_config(recipe)
     with torch.device("meta"):
-        model = LanguageModel(config.model) if isinstance(config, LanguageConfig) else build_vision_model(config.model)
+        model = LanguageModel(config.model) if isinstance(config, LanguageConfig) else VisionModel(config.model)
     assert count_parameters(model)[0] == PARAMETERS[recipe]
 
 
