@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from train import zero
+from train import nvme, zero
 from train.config import AnyConfig
 from train.data.order import micro_batch_size
 from train.tasks import Task
@@ -44,6 +44,8 @@ def deepspeed_config(config: AnyConfig, world_size: int, precision: str) -> dict
         ValueError: fp16 without ZeRO.
     """
     settings = _deepspeed_file(config)
+    for part, folder in nvme.folders(config, zero_settings(config)).items():
+        settings["zero_optimization"][part]["nvme_path"] = str(folder)
     optimizer = config.optimizer
     if precision == "fp16" and zero_stage(config) == 0:
         raise ValueError(

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from train import distributed
+from train import distributed, nvme
 from train.agreement import check_agreement
 from train.checkpoint import Checkpoints, State
 from train.config import AnyConfig, to_yaml
 from train.data.loader import build_data
 from train.data.order import check_world_size
 from train.distributed import Ranks
-from train.engine import build_engine, build_model, is_partitioned, writable
+from train.engine import build_engine, build_model, is_partitioned, writable, zero_settings
 from train.loop import Outcome, Trainer, TrainingError
 from train.monitor import Monitor, show
 from train.precision import resolve_precision
@@ -72,6 +72,7 @@ def _train(config: AnyConfig, ranks: Ranks, directory: RunDirectory, stop: StopR
         return EXIT_FINISHED
     with ranks.fail_together():
         data = build_data(config, ranks.rank, ranks.world_size)
+        nvme.prepare(config, zero_settings(config))
         changes = _compare_with_newest(config, data.digest, ranks.world_size)
     check_agreement(ranks, config, data.digest)
 
@@ -112,6 +113,9 @@ def _train(config: AnyConfig, ranks: Ranks, directory: RunDirectory, stop: StopR
     finally:
         if monitor:
             monitor.close()
+    ranks.barrier()
+    if ranks.local_rank == 0:
+        nvme.remove(config, zero_settings(config))
     watchdog.stop()
     return _finish(outcome, config, ranks, directory)
 

@@ -270,7 +270,15 @@ def test_several_problems_are_told_at_once(tmp_path: Path) -> None:
         ('{"scheduler": {}}', "which schedule.* decides"),
         ('{"bf16": {"enabled": true}}', "which train.precision decides"),
         ('{"fp16": {"enabled": true}}', "which train.precision decides"),
-        ('{"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}', "to none or cpu, not nvme"),
+        ('{"zero_optimization": {"offload_optimizer": {"device": "disk"}}}', "to none, cpu or nvme, not disk"),
+        (
+            '{"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}',
+            "a file of stage 3, if its offload_optimizer is to nvme",
+        ),
+        (
+            '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/", "pipeline_read": true}}}',
+            "neither pipeline_read nor",
+        ),
     ],
 )
 def test_deepspeed_files_that_decide_too_much(tmp_path: Path, content: str, message: str) -> None:
