@@ -87,8 +87,8 @@ def _measure(config: AnyConfig, ranks: Ranks, rounds: int) -> dict[str, list[flo
         turns: dict[str, Callable[[int], Any]] = {
             "trainer": lambda number: trainer.run(number * TURN + 1, (number + 1) * TURN),
             "engine alone": lambda number: [timed_step(alone, task, batch) for batch in ready],
-            "plain loop": lambda number: [plain.step(batch) for batch in ready],
-            "plain loop, softmax": lambda number: [softmax.step(batch) for batch in ready],
+            "plain loop": lambda number: plain.steps(ready),
+            "plain loop, softmax": lambda number: softmax.steps(ready),
         }
         seconds: dict[str, list[float]] = {name: [] for name in LOOPS}
         for number in range(rounds + 1):  # the first warms up
@@ -164,14 +164,15 @@ class PlainLoop:
         self._task, self._mixed = task, mixed
         self._autocast = torch.autocast(ranks.device.type, DTYPES[precision], enabled=precision != "fp32")
 
-    def step(self, batch: Batch) -> None:
-        seen: Any = {**batch, "cu_seqlens": None} if self._mixed else batch
-        with self._autocast:
-            loss = self._task.loss_sum(self._model, seen, 0) / targets(batch, self._task.units_per_sample)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._clip)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+    def steps(self, batches: list[Batch]) -> None:
+        for batch in batches:
+            seen: Any = {**batch, "cu_seqlens": None} if self._mixed else batch
+            with self._autocast:
+                loss = self._task.loss_sum(self._model, seen, 0) / targets(batch, self._task.units_per_sample)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._clip)
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
 
 
 if __name__ == "__main__":

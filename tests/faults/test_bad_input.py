@@ -138,7 +138,8 @@ def test_a_run_goes_on_while_its_disk_is_full(launch, wikipedia, mounted, filled
     run_dir.mkdir()
     small = ["model.layers=1", "model.width=32", "model.heads=2", "model.mlp_width=32", "monitor.every_steps=1"]
     with mounted(run_dir, "size=20M"):
-        job = launch(LANGUAGE, run_dir, *SHORT, *small, "train.steps=10000", "checkpoint.every_steps=10000")
+        long = ["train.steps=10000", "checkpoint.every_steps=10000"]
+        job = launch(LANGUAGE, run_dir, *SHORT, *small, *long, launcher="python")
         job.wait_for_step(2)
         with filled(run_dir):
             for name in ("metrics.jsonl", "log.txt", "events.out.tfevents"):
@@ -154,7 +155,8 @@ def test_a_run_goes_on_while_its_disk_is_full(launch, wikipedia, mounted, filled
 def test_a_disk_that_is_full_at_the_start(launch, wikipedia, mounted, filled, tmp_path):
     (tmp_path / "mount").mkdir()
     with mounted(tmp_path / "mount", "size=1M"), filled(tmp_path / "mount"):
-        _fails(launch(LANGUAGE, tmp_path / "mount", *SHORT), "run.dir", "can't be written (No space left", "make room")
+        job = launch(LANGUAGE, tmp_path / "mount", *SHORT, launcher="python")
+        _fails(job, "run.dir", "can't be written (No space left", "make room")
 
 
 def test_a_read_only_run_directory(launch, wikipedia, mounted, tmp_path):
