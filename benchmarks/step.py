@@ -68,7 +68,7 @@ def _run(config: AnyConfig, options: argparse.Namespace, ranks: Ranks) -> None:
     for measured in [False] * 3 + [True] * options.rounds:
         batch = {key: value.to(ranks.device) for key, value in next(batches).items()}
         for candidate in candidates:
-            seconds = _step(candidate, task, batch)
+            seconds = timed_step(candidate, task, batch)
             if measured:
                 candidate.seconds.append(seconds)
     if ranks.is_main:
@@ -103,7 +103,7 @@ def _candidate(name: str, config: AnyConfig, ranks: Ranks, **model_settings: str
     return Candidate(name, build_engine(model, config, ranks.world_size, precision))
 
 
-def _step(candidate: Candidate, task: Task, batch: Batch) -> tuple[float, ...]:
+def timed_step(candidate: Candidate, task: Task, batch: Batch) -> tuple[float, ...]:
     """One step as the training loop makes it, on one micro-batch; seconds of its parts."""
     engine = candidate.engine
     engine.train()
@@ -127,10 +127,15 @@ def table(candidates: list[Candidate]) -> Iterator[str]:
     first = [sum(step) for step in candidates[0].seconds]
     for candidate in candidates:
         whole = [sum(step) for step in candidate.seconds]
-        ratio = statistics.median(one / other for one, other in zip(whole, first, strict=True))
-        low, middle, high = statistics.quantiles(whole, n=4)
         parts = "".join(f"{1e3 * statistics.median(part):11.1f}" for part in zip(*candidate.seconds, strict=True))
-        yield f"{candidate.name:24s}  {ratio:5.2f}  {1e3 * middle:6.1f} ±{(high - low) / middle:3.0%}{parts}"
+        yield f"{candidate.name:24s}  {compare(whole, first)}{parts}"
+
+
+def compare(seconds: list[float], others: list[float]) -> str:
+    """Median of the ratios to what was measured beside it, median in milliseconds, and the spread."""
+    ratio = statistics.median(one / other for one, other in zip(seconds, others, strict=True))
+    low, middle, high = statistics.quantiles(seconds, n=4)
+    return f"{ratio:5.2f}  {1e3 * middle:6.1f} ±{(high - low) / middle:3.0%}"
 
 
 if __name__ == "__main__":

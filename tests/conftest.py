@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,14 @@ class Job:
     def metrics(self) -> list[dict[str, Any]]:
         path = self.run_dir / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def wait_for_output(self, text: str, timeout: float = 180) -> None:
+        deadline = time.monotonic() + timeout
+        while text not in self._log.read_text():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.kill()
+                pytest.fail(f"the job did not say {text!r}:\n{self._log.read_text()[-3000:]}")
+            time.sleep(0.05)
 
     def wait_for_step(self, step: int, timeout: float = 180) -> None:
         deadline = time.monotonic() + timeout
@@ -218,3 +226,20 @@ def _mounted(path: Path, options: str) -> Iterator[None]:
 def mounted() -> Callable[[Path, str], AbstractContextManager[None]]:
     """`with mounted(path, "size=1M"): ...` for real full disks and read-only mounts; needs root."""
     return _mounted
+
+
+@contextmanager
+def _filled(path: Path) -> Iterator[None]:
+    """Not a byte is free on the file system of `path`."""
+    filler = path / "filler"
+    with suppress(OSError), open(filler, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    yield
+    filler.unlink()
+
+
+@pytest.fixture
+def filled() -> Callable[[Path], AbstractContextManager[None]]:
+    """`with filled(path): ...` in a small file system that is `mounted`."""
+    return _filled

@@ -13,19 +13,21 @@ from pathlib import Path
 import twicing_core
 from train.config import AnyConfig, to_yaml
 from train.distributed import Ranks
+from train.run_directory import needed
 
 
 def check_agreement(ranks: Ranks, config: AnyConfig, data_digest: str) -> None:
     """Compares every rank with rank 0.
 
     Raises:
-        ValueError: on all ranks; names what differs and the hosts where it does.
+        ValueError: on all ranks; names what differs and the hosts where it does, or the file that rank 0 can't write.
     """
     run_dir = Path(config.run.dir)
     probe = run_dir / f".visible_{ranks.broadcast(secrets.token_hex(8))}"
-    if ranks.is_main:
-        probe.touch()
-    ranks.barrier()
+    with ranks.fail_together():
+        if ranks.is_main:
+            with needed(probe):
+                probe.touch()
     mine = {
         "the run directory (run.dir must lie on a file system that all hosts share)": str(probe.exists()),
         "the data set's manifest (data.train and data.validation)": data_digest,

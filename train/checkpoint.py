@@ -87,9 +87,9 @@ class Checkpoints:
             if self._ranks.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-        tensors, header = training_state.collect(engine)
+            tensors, header = training_state.collect(engine)
         weights = engines.full_state_dict(engine, self._ranks.is_main)
-        if self._in_background:
+        if self._in_background and zero.swap_folder(engine) is None:  # from there they are copies already
             tensors = self._copy(tensors)
         files = {training_state.file_name(self._ranks.rank): (tensors, header)}
         texts = {}

@@ -6,7 +6,6 @@ of its own on the CPU, so that it never waits for, or orders itself among, the k
 
 from __future__ import annotations
 
-import ctypes
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -96,8 +95,6 @@ def start() -> Ranks:
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    else:
-        _keep_freed_memory()
 
     import deepspeed
 
@@ -115,18 +112,6 @@ def start() -> Ranks:
         ) from None
     control = dist.new_group(backend="gloo") if on_gpu else dist.group.WORLD
     return Ranks(rank, world_size, local_rank, device, control)
-
-
-def _keep_freed_memory() -> None:
-    """Makes glibc keep what a step frees. It would give it back to the system, and the next step get it page by page.
-
-    Other C libraries do not know the function. docs/performance.md has what it gains.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
-        mallopt(m_trim_threshold, 2**31 - 1)
-        mallopt(m_mmap_threshold, 2**25)  # the largest it takes
 
 
 def stop() -> None:

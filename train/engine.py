@@ -7,17 +7,17 @@ written once, in the YAML file, and put into DeepSpeed's configuration here.
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from train import zero
+from train import nvme, zero
 from train.config import AnyConfig
 from train.data.order import data_parallel_size, micro_batch_size
 from train.tasks import Task
-from train.tasks.language import LanguageTask
 
 
 def gradient_accumulation_steps(config: AnyConfig, world_size: int) -> int:
@@ -44,6 +44,8 @@ def deepspeed_config(config: AnyConfig, world_size: int, precision: str) -> dict
         ValueError: fp16 without ZeRO.
     """
     settings = _deepspeed_file(config)
+    for part, folder in nvme.folders(config, zero_settings(config)).items():
+        settings["zero_optimization"][part]["nvme_path"] = str(folder)
     optimizer = config.optimizer
     if precision == "fp16" and zero_stage(config) == 0:
         raise ValueError(
@@ -77,19 +79,36 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def build_model(task: Task, config: AnyConfig, world_size: int, precision: str) -> nn.Module:
-    """The task's model with fresh weights, the same on every rank; not for `model.init_from`, which fills a whole model.
+    """The task's model with fresh weights, the same on every rank; with `model.init_from` they are still to be loaded.
 
-    A language model at ZeRO stage 3 is partitioned while it is built, so that no rank ever holds more of it than its share
-    and one parameter.
+    At ZeRO stage 3 it is partitioned while it is built, so that no rank ever holds more of it than its share and one
+    parameter.
     """
-    if zero_stage(config) < 3 or not isinstance(task, LanguageTask) or config.model.init_from:
-        return task.build_model()
+    model: Any
+    if zero_stage(config) < 3:
+        model = task.build_model()
+        return model
     import deepspeed
 
     with deepspeed.zero.Init(config_dict_or_path=deepspeed_config(config, world_size, precision)):
         model = task.build_model(initialise=False)
-    model.initialise(lambda parameter: deepspeed.zero.GatheredParameters([parameter], modifier_rank=0))
+    if not config.model.init_from:
+        model.initialise(writable)
     return model
+
+
+def writable(parameter: Any) -> AbstractContextManager[Any]:
+    """Makes a parameter of a partitioned model whole while it is written. Every rank must enter; rank 0's values count."""
+    import deepspeed
+
+    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(
+        [parameter], modifier_rank=0, enabled=is_partitioned(parameter)
+    )
+    return gathered
+
+
+def is_partitioned(parameter: Any) -> bool:
+    return hasattr(parameter, "ds_id")
 
 
 def build_engine(model: Any, config: AnyConfig, world_size: int, precision: str) -> Any:
@@ -161,7 +180,7 @@ def full_state_dict(engine: Any, is_main: bool) -> dict[str, torch.Tensor]:
 
     weights: dict[str, torch.Tensor] = {}
     for name, parameter in engine.module.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+        with deepspeed.zero.GatheredParameters([parameter], enabled=is_partitioned(parameter)):
             if is_main:
                 weights[name] = parameter.detach().to("cpu", copy=True).contiguous()
     if is_main:

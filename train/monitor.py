@@ -1,10 +1,12 @@
 """What a run tells people: metrics.jsonl, TensorBoard, a progress bar on a terminal or plain lines in a log.
 
 Only the main rank has a `Monitor`. Nothing here opens a network port: `tensorboard --logdir runs` is the user's to start.
+Once it is made, no error of a disk or a terminal comes out of it: training is worth more than what is told of it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -12,11 +14,14 @@ import resource
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from train.patient_file import PatientFile
+from train.run_directory import needed
 
 
 @dataclass
@@ -40,7 +45,11 @@ class StepRecord:
 
 
 class Monitor:
-    """Writes into `run_dir`, starting after `step` (0 for a new run): what was written past it is cut off."""
+    """Writes into `run_dir`, starting after `step` (0 for a new run): what was written past it is cut off.
+
+    Raises:
+        ValueError: a file can't be written; only here, at the start.
+    """
 
     def __init__(
         self,
@@ -53,17 +62,21 @@ class Monitor:
         config_yaml: str,
     ) -> None:
         # The import takes a second, which only this rank needs to spend.
-        from torch.utils.tensorboard import SummaryWriter
+        from train.tensorboard_file import TensorBoardFile
 
         self._every = every_steps
         self._unit = unit
         self._flops = flops_per_unit
-        self._metrics = _continue_lines(run_dir / "metrics.jsonl", step)
-        self._validation = _continue_lines(run_dir / "validation.jsonl", step)
-        self._log = open(run_dir / "log.txt", "a", buffering=1)
-        self.board = SummaryWriter(str(run_dir), purge_step=step + 1 if step else None)
+        for name in ("metrics.jsonl", "validation.jsonl"):
+            with needed(run_dir / name):
+                _cut(run_dir / name, step)
+        with needed(run_dir):
+            self._metrics, self._validation, self._log = (
+                PatientFile(run_dir / name, show) for name in ("metrics.jsonl", "validation.jsonl", "log.txt")
+            )
+            self._board = TensorBoardFile(run_dir, step + 1 if step else None, show)
         # TensorBoard renders Markdown: four leading spaces keep the YAML as it is.
-        self.board.add_text("config", "\n".join("    " + line for line in config_yaml.splitlines()), step)
+        self._board.text("config", "\n".join("    " + line for line in config_yaml.splitlines()), step)
         # A terminal that reports no width, as some recorders do, would show an empty bar.
         self._on_terminal = sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
         self._bar = tqdm(
@@ -81,8 +94,8 @@ class Monitor:
 
     def say(self, line: str) -> None:
         """A line for the person watching and for log.txt; never breaks the progress bar."""
-        self._log.write(line + "\n")
-        tqdm.write(line, file=sys.stderr)
+        self._log.write(f"{line}\n".encode())
+        show(line)
 
     def step(self, record: StepRecord) -> None:
         """Records one step: always in metrics.jsonl, every `monitor.every_steps` in TensorBoard and the log."""
@@ -92,7 +105,7 @@ class Monitor:
             line["skipped"] = record.skipped
             self._skipped_steps += 1
             self.say(f"step {record.step}/{self._total_steps}  skipped  {record.skipped}")
-        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.write(f"{json.dumps(line)}\n".encode())
         self._recent.append(record)
         rate = record.units / record.total_seconds
         self._bar.set_postfix_str(f"loss {record.loss:.3f}, {rate:,.0f} {self._unit}/s", refresh=False)
@@ -136,13 +149,13 @@ class Monitor:
             f"step {last.step}/{self._total_steps}  loss {loss:.4f}  lr {last.learning_rate:.2e}  "
             f"{rate:,.0f} {self._unit}/s  {seconds / len(records):.2f} s/step"
         )
-        self._log.write(text + "\n")
+        self._log.write(f"{text}\n".encode())
         if not self._on_terminal:
-            print(text, file=sys.stderr, flush=True)
+            show(text)
 
     def validation(self, step: int, metrics: dict[str, float]) -> None:
         """Metrics over the whole validation set, under their own names."""
-        self._validation.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._validation.write(f"{json.dumps({'step': step, **metrics})}\n".encode())
         self.scalars({f"{name}/validation": value for name, value in metrics.items()}, step)
         self.say(
             f"step {step}/{self._total_steps}  validation  " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items())
@@ -151,24 +164,29 @@ class Monitor:
     def example(self, title: str, example: str | Tensor, step: int) -> None:
         """Text, or an image (3, h, w), for TensorBoard."""
         if isinstance(example, str):
-            self.board.add_text(title, example, step)
+            self._board.text(title, example, step)
         else:
-            self.board.add_image(title, example, step)
+            self._board.image(title, example, step)
 
     def scalars(self, values: dict[str, Any], step: int) -> None:
         for tag, value in values.items():
-            self.board.add_scalar(tag, value, step)
-        self.board.flush()
+            self._board.scalar(tag, value, step)
 
     def close(self) -> None:
         self._bar.close()
-        self.board.close()
-        for file in (self._metrics, self._validation, self._log):
+        for file in (self._metrics, self._validation, self._board, self._log):
             file.close()
 
 
-def _continue_lines(path: Path, step: int) -> TextIO:
-    """Opens a file of JSON lines for appending, with the lines past `step` cut off (and a torn last one)."""
+def show(line: str) -> None:
+    """On the terminal, beside the progress bar; it may be a file on a disk that is full."""
+    with contextlib.suppress(OSError):
+        tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()
+
+
+def _cut(path: Path, step: int) -> None:
+    """Cuts off the lines past `step` of a file of JSON lines, and a torn last one."""
     kept = []
     if path.exists():
         for line in path.read_text().splitlines():
@@ -180,4 +198,3 @@ def _continue_lines(path: Path, step: int) -> TextIO:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text("".join(kept))
     os.replace(partial, path)
-    return open(path, "a", buffering=1)

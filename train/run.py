@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from train import distributed, sequence_parallel
+from train import distributed, nvme, sequence_parallel
 from train.agreement import check_agreement
 from train.checkpoint import Checkpoints, State
 from train.config import AnyConfig, to_yaml
 from train.data.loader import build_data
 from train.data.order import check_world_size
 from train.distributed import Ranks
-from train.engine import build_engine, build_model
+from train.engine import build_engine, build_model, is_partitioned, writable, zero_settings
 from train.loop import Outcome, Trainer, TrainingError
-from train.monitor import Monitor
+from train.monitor import Monitor, show
 from train.precision import resolve_precision
 from train.resume import check_same_run
 from train.run_directory import (
@@ -29,12 +29,13 @@ from train.run_directory import (
     EXIT_USAGE,
     RunDirectory,
     checkpoint_steps,
+    needed,
     newest_checkpoint,
 )
 from train.signals import StopRequest
 from train.tasks import Task, build_task
 from train.watchdog import Watchdog
-from train.weights import load_weights
+from train.weights import copy_weights, find_weights
 
 
 def run(config: AnyConfig, process_start: float) -> int:
@@ -71,6 +72,7 @@ def _train(config: AnyConfig, ranks: Ranks, directory: RunDirectory, stop: StopR
         return EXIT_FINISHED
     with ranks.fail_together():
         data = build_data(config, ranks.rank, ranks.world_size)
+        nvme.prepare(config, zero_settings(config))
         changes = _compare_with_newest(config, data.digest, ranks.world_size)
     check_agreement(ranks, config, data.digest)
 
@@ -79,24 +81,28 @@ def _train(config: AnyConfig, ranks: Ranks, directory: RunDirectory, stop: StopR
     with ranks.fail_together():
         if ranks.is_main:
             checkpoints.remove_partial()
-            (directory.path / "config.yaml").write_text(to_yaml(config))
-            directory.write_status("running")
+            with needed(directory.path / "config.yaml"):
+                (directory.path / "config.yaml").write_text(to_yaml(config))
+            with needed(directory.path / "status.json"):
+                directory.write_status("running")
     shared_rows = sequence_parallel.start(config)
     task = build_task(config, data.tokenizer_path, ranks.device, shared_rows)
     precision = resolve_precision(config.train.precision, ranks.device)
     engine, state = _build_engine(config, ranks, task, checkpoints, precision)
     step = state.step if state else 0
     monitor = None
-    if ranks.is_main:
-        monitor = Monitor(
-            directory.path,
-            step,
-            config.train.steps,
-            task.unit,
-            config.monitor.every_steps,
-            task.flops_per_unit(),
-            to_yaml(config),
-        )
+    with ranks.fail_together():
+        if ranks.is_main:
+            monitor = Monitor(
+                directory.path,
+                step,
+                config.train.steps,
+                task.unit,
+                config.monitor.every_steps,
+                task.flops_per_unit(),
+                to_yaml(config),
+            )
+    if monitor:
         _announce(monitor, config, ranks, engine, precision, step, changes, time.time() - process_start)
 
     trainer = Trainer(config, ranks, task, data, engine, checkpoints, monitor, stop, watchdog)
@@ -108,6 +114,9 @@ def _train(config: AnyConfig, ranks: Ranks, directory: RunDirectory, stop: StopR
     finally:
         if monitor:
             monitor.close()
+    ranks.barrier()
+    if ranks.local_rank == 0:
+        nvme.remove(config, zero_settings(config))
     watchdog.stop()
     return _finish(outcome, config, ranks, directory)
 
@@ -120,7 +129,9 @@ def _build_engine(
     model = build_model(task, config, ranks.world_size, precision)
     if config.model.init_from:
         with ranks.fail_together():
-            load_weights(model, config.model.init_from)
+            weights = find_weights(model, config.model.init_from)
+        partitioned = any(is_partitioned(parameter) for parameter in model.parameters())
+        copy_weights(model, weights, writable, read=ranks.is_main or not partitioned)
     engine = build_engine(model, config, ranks.world_size, precision)
     # From here on the ranks draw different numbers (dropout).
     torch.manual_seed(config.train.seed * 1_000_003 + ranks.rank)
@@ -185,7 +196,7 @@ def _finish(outcome: Outcome, config: AnyConfig, ranks: Ranks, directory: RunDir
     if not ranks.is_main:
         return EXIT_STOPPED if outcome.stopped_by else EXIT_FINISHED
     if outcome.stopped_by:
-        directory.write_status("stopped", exit_code=EXIT_STOPPED, step=outcome.step, reason=outcome.stopped_by)
+        _write_end(directory, "stopped", EXIT_STOPPED, outcome.step, outcome.stopped_by)
         print(
             f"stopped by {outcome.stopped_by} after step {outcome.step}; start the same command again to continue",
             flush=True,
@@ -198,9 +209,17 @@ def _finish(outcome: Outcome, config: AnyConfig, ranks: Ranks, directory: RunDir
 
 def _write_reached(directory: RunDirectory, config: AnyConfig, step: int) -> None:
     if step >= config.train.steps:
-        directory.write_status("finished", exit_code=EXIT_FINISHED, step=step, reason="train.steps")
+        _write_end(directory, "finished", EXIT_FINISHED, step, "train.steps")
     else:
-        directory.write_status("stopped", exit_code=EXIT_FINISHED, step=step, reason="train.stop_at_step")
+        _write_end(directory, "stopped", EXIT_FINISHED, step, "train.stop_at_step")
+
+
+def _write_end(directory: RunDirectory, state: str, exit_code: int, step: int, reason: str) -> None:
+    """What the run has reached is saved by now: that no file says so is not worth failing for."""
+    try:
+        directory.write_status(state, exit_code=exit_code, step=step, reason=reason)
+    except OSError as error:
+        show(f"warning: {directory.path / 'status.json'} can't be written ({error.strerror}): it should say {state}")
 
 
 def _note_failure(directory: RunDirectory, error: BaseException) -> None:

@@ -7,6 +7,8 @@ import json
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,6 +17,21 @@ EXIT_FINISHED = 0  # trained to the end, or to train.stop_at_step
 EXIT_ERROR = 1  # something failed while training
 EXIT_USAGE = 2  # the config, the data or the directory can't be used as asked
 EXIT_STOPPED = 75  # a signal asked to stop and it saved: start the same command again
+
+
+@contextmanager
+def needed(path: Path, key: str = "") -> Iterator[None]:
+    """Around writing what a run can't start without.
+
+    Raises:
+        ValueError: in place of an OSError; it names `path` after `key`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{key}{path} can't be written ({error.strerror}): make room or make it writable, or give another run.dir"
+        ) from None
 
 
 class RunDirectory:
@@ -32,11 +49,9 @@ class RunDirectory:
         Raises:
             ValueError: it can't be written, or another run has it.
         """
-        try:
+        with needed(self.path, "run.dir="):
             self.path.mkdir(parents=True, exist_ok=True)
             lock = open(self.path / ".lock", "a+")
-        except OSError as error:
-            raise ValueError(f"run.dir={self.path} can't be written ({error.strerror}): give another run.dir") from None
         try:
             # The kernel drops the lock with the process, however it ends.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -44,9 +59,10 @@ class RunDirectory:
             lock.seek(0)
             owner = lock.read().strip() or "another process"
             raise ValueError(f"run.dir={self.path} is in use by {owner}: stop it, or give another run.dir") from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
+        with needed(self.path, "run.dir="):
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            lock.flush()
         self._lock = lock
 
     def write_status(self, state: str, **details: object) -> None:

@@ -82,10 +82,13 @@ def partition_as(rank: int, world_size: int, config: AnyConfig) -> dict[str, int
     """Elements by parameter that DeepSpeed gives to `rank` under ZeRO-3. Of the model only this rank's part stays."""
     import deepspeed
 
+    task = build_task(config, None, torch.device("cpu"))  # its imports don't work inside zero.Init
     with fake_process_group(rank, world_size), _no_initial_values(), _default_dtype(DTYPES[config.train.precision]):
         settings = deepspeed_config(config, world_size, config.train.precision)
+        for part in ("offload_optimizer", "offload_param"):  # where its shares are does not change them
+            settings["zero_optimization"].pop(part, None)
         with deepspeed.zero.Init(config_dict_or_path=settings):
-            model: nn.Module = build_task(config, None, torch.device("cpu")).build_model()
+            model: nn.Module = task.build_model(initialise=False)
         return {name: p.ds_tensor.numel() for name, p in model.named_parameters()}  # type: ignore[attr-defined]
 
 

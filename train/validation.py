@@ -203,9 +203,17 @@ def _check_deepspeed_file(config: AnyConfig, problems: Problems) -> None:
         problems.require(False, key, str(path), f"without {name!r}, which {DECIDED_HERE[name]} decides")
     zero = settings.get("zero_optimization", {})
     for name in ("offload_optimizer", "offload_param"):
-        device = zero.get(name, {}).get("device", "none")
-        allowed = f"a file whose {name} is to none or cpu, not {device}: what is offloaded elsewhere can't be saved"
-        problems.require(device in ("none", "cpu"), key, str(path), allowed)
+        part = zero.get(name, {})
+        device = part.get("device", "none")
+        allowed = f"a file whose {name} is to none, cpu or nvme, not {device}"
+        problems.require(device in ("none", "cpu", "nvme"), key, str(path), allowed)
+        if device == "nvme":
+            allowed = f"a file of stage 3, if its {name} is to nvme"
+            problems.require(zero.get("stage", 0) == 3, key, str(path), allowed)
+            allowed = f"a file whose {name} has an nvme_path, the folder on each host's disk"
+            problems.require(bool(part.get("nvme_path")), key, str(path), allowed)
+            allowed = f"a file whose {name} has neither pipeline_read nor pipeline_write, with which it can't be saved"
+            problems.require(not (part.get("pipeline_read") or part.get("pipeline_write")), key, str(path), allowed)
 
 
 def _check_width_and_layers(model: LanguageModelConfig | VisionModelConfig, problems: Problems) -> None:

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train.run_directory import RunDirectory
+from train.run_directory import RunDirectory, needed
 
 if TYPE_CHECKING:  # the supervisor needs no torch
     from train.distributed import Ranks
@@ -27,19 +27,25 @@ SLOW = 10
 
 
 class Watchdog:
-    """Every rank has one, and says with `beat` that it has got further."""
+    """Every rank has one, and says with `beat` that it has got further.
+
+    Raises:
+        ValueError: on all ranks, where one can't write into the run directory.
+    """
 
     def __init__(self, directory: RunDirectory, ranks: Ranks, seconds: int) -> None:
         self._seconds = seconds
         self._heartbeat = directory.heartbeat if ranks.is_main else None
         self._stacks = directory.path / "stacks" / f"rank_{ranks.rank:05d}.txt"
-        if ranks.is_main:
-            self._stacks.parent.mkdir(exist_ok=True)
-            for left_over in self._stacks.parent.iterdir():
-                left_over.unlink()
-            directory.heartbeat.touch()
-        ranks.barrier()
-        self._file = open(self._stacks, "w")
+        with ranks.fail_together():
+            if ranks.is_main:
+                with needed(self._stacks.parent):
+                    self._stacks.parent.mkdir(exist_ok=True)
+                    for left_over in self._stacks.parent.iterdir():
+                        left_over.unlink()
+                    directory.heartbeat.touch()
+        with ranks.fail_together(), needed(self._stacks):
+            self._file = open(self._stacks, "w")
         self.beat(slow=True)
 
     def beat(self, slow: bool = False) -> None:

@@ -4,12 +4,16 @@ They are in flat tensors. Which stretch of which parameter lies where depends on
 
     stage 0       a tensor for each parameter, the same on every rank: the parameter itself, or its float32 copy
     stages 1, 2   each parameter group flattened and split evenly: a rank may have a piece of a parameter, or none
-    stage 3       each parameter padded and split evenly, the pieces of many parameters laid end to end
+    stage 3       each parameter padded and split evenly, the pieces of many parameters laid end to end; a tensor that is
+                  offloaded to NVMe is empty but while it is `in_memory`
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,14 +67,37 @@ def fragments(engine: Any) -> list[Fragment]:
 
 def adam_state(engine: Any, flat: Tensor) -> dict[str, Tensor]:
     """AdamW's state of a flat tensor: `step` and the moments, zeros where it has not stepped yet."""
-    adam = engine.optimizer
-    while hasattr(adam, "optimizer"):  # DeepSpeed's wraps torch's
-        adam = adam.optimizer
-    state = adam.state[flat]
+    state: dict[str, Tensor] = _adam(engine).state[flat]
     if not state:
         state["step"] = torch.zeros((), device=flat.device)
         state |= {moment: torch.zeros_like(flat, requires_grad=False) for moment in MOMENTS}
     return state
+
+
+def swap_folder(engine: Any) -> Path | None:
+    """Where this rank's optimizer state is on NVMe; None where it is in memory."""
+    swapper = _swapper(engine)
+    return Path(swapper.swap_folder) if swapper else None
+
+
+@contextmanager
+def in_memory(engine: Any, flat: Any, write: bool = False) -> Iterator[None]:
+    """Has a flat tensor and its moments in memory; with `write`, what is changed in them goes back to NVMe."""
+    swapper = _swapper(engine)
+    if swapper is None or flat.ds_id not in swapper.swap_params_info:  # too small: it stays in memory
+        yield
+        return
+    # Before the first step AdamW has no state. What is made of it inside can only be kept by writing it.
+    write = write or not _adam(engine).state.get(flat)
+    swapper.swap_in_optimizer_state(parameter=flat)
+    try:
+        yield
+    finally:
+        if write:
+            swapper.swap_out_optimizer_state(parameter=flat)
+        else:
+            swapper.release_swap_buffers(parameter=flat)
+        flat.grad = None
 
 
 def refresh_weights(engine: Any) -> None:
@@ -78,8 +105,9 @@ def refresh_weights(engine: Any) -> None:
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     if stage == 3:
         optimizer.checkpoint_event_prologue()
-        # Its own state, loaded anew: DeepSpeed has no other way to refresh the partitioned weights.
-        optimizer._rigid_load_state_dict(optimizer.state_dict(), load_optimizer_states=False)
+        for number, flat in enumerate(flat_weights(engine)):
+            with in_memory(engine, flat):
+                optimizer._reassign_or_swap_out_partitioned_parameters(number)
         optimizer.checkpoint_event_epilogue()
     elif stage > 0:
         optimizer.update_lp_params()
@@ -102,6 +130,18 @@ def undo_first_step(engine: Any) -> None:
     if engine.zero_optimization_stage() == 0 and engine.bfloat16_enabled():
         engine.optimizer.refresh_fp32_params()
         engine.optimizer.optimizer.state.clear()
+
+
+def _adam(engine: Any) -> Any:
+    adam = engine.optimizer
+    while hasattr(adam, "optimizer"):  # DeepSpeed's wraps torch's
+        adam = adam.optimizer
+    return adam
+
+
+def _swapper(engine: Any) -> Any:
+    """What moves optimizer state to NVMe and back; None without."""
+    return getattr(engine.optimizer, "optimizer_swapper", None)
 
 
 def _trained(engine: Any) -> list[tuple[str, Any]]:

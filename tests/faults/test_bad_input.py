@@ -133,6 +133,32 @@ def test_a_disk_that_fills_up_while_saving(launch, wikipedia, mounted, tmp_path)
         assert "continuing after step" in again.output and len(again.metrics()) == 4
 
 
+def test_a_run_goes_on_while_its_disk_is_full(launch, wikipedia, mounted, filled, tmp_path):
+    run_dir = tmp_path / "small"
+    run_dir.mkdir()
+    small = ["model.layers=1", "model.width=32", "model.heads=2", "model.mlp_width=32", "monitor.every_steps=1"]
+    with mounted(run_dir, "size=20M"):
+        long = ["train.steps=10000", "checkpoint.every_steps=10000"]
+        job = launch(LANGUAGE, run_dir, *SHORT, *small, *long, launcher="python")
+        job.wait_for_step(2)
+        with filled(run_dir):
+            for name in ("metrics.jsonl", "log.txt", "events.out.tfevents"):
+                job.wait_for_output(f"warning: {run_dir / name}")
+        job.wait_for_output("metrics.jsonl can be written again, and nothing is missing from it")
+        (run_dir / "stop").touch()
+        assert job.wait() == 75, job.output
+        assert [line["step"] for line in job.metrics()] == list(range(1, len(job.metrics()) + 1))
+        assert job.output.count("metrics.jsonl can't be written (No space left on device)") == 1
+        assert "Traceback" not in job.output
+
+
+def test_a_disk_that_is_full_at_the_start(launch, wikipedia, mounted, filled, tmp_path):
+    (tmp_path / "mount").mkdir()
+    with mounted(tmp_path / "mount", "size=1M"), filled(tmp_path / "mount"):
+        job = launch(LANGUAGE, tmp_path / "mount", *SHORT, launcher="python")
+        _fails(job, "run.dir", "can't be written (No space left", "make room")
+
+
 def test_a_read_only_run_directory(launch, wikipedia, mounted, tmp_path):
     (tmp_path / "mount").mkdir()
     with mounted(tmp_path / "mount", "ro"):

@@ -15,7 +15,7 @@ from train.config import AnyConfig, LanguageConfig, VisionConfig, flatten, load_
 from train.data.order import check_world_size
 from train.models.flops import count_parameters
 from train.models.language import LanguageModel
-from train.models.vision import build_vision_model
+from train.models.vision import VisionModel
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("configs/[lv]*/*.yaml"))
@@ -289,7 +289,15 @@ def test_several_problems_are_told_at_once(tmp_path: Path) -> None:
         ('{"scheduler": {}}', "which schedule.* decides"),
         ('{"bf16": {"enabled": true}}', "which train.precision decides"),
         ('{"fp16": {"enabled": true}}', "which train.precision decides"),
-        ('{"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}', "to none or cpu, not nvme"),
+        ('{"zero_optimization": {"offload_optimizer": {"device": "disk"}}}', "to none, cpu or nvme, not disk"),
+        (
+            '{"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}',
+            "a file of stage 3, if its offload_optimizer is to nvme",
+        ),
+        (
+            '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/", "pipeline_read": true}}}',
+            "neither pipeline_read nor",
+        ),
     ],
 )
 def test_deepspeed_files_that_decide_too_much(tmp_path: Path, content: str, message: str) -> None:
@@ -342,7 +350,7 @@ PARAMETERS = {
 def test_recipes_have_the_size_they_say(recipe: str) -> None:
     config = load_config(recipe)
     with torch.device("meta"):
-        model = LanguageModel(config.model) if isinstance(config, LanguageConfig) else build_vision_model(config.model)
+        model = LanguageModel(config.model) if isinstance(config, LanguageConfig) else VisionModel(config.model)
     assert count_parameters(model)[0] == PARAMETERS[recipe]
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import resource
 import socket
 from pathlib import Path
 
@@ -26,23 +24,6 @@ def _collectives(ranks: Ranks) -> None:
             raise OSError("the disk is on fire")
     with ranks.fail_together():  # after an error the next collective still lines up
         assert ranks.gather(ranks.rank) == [0, 1]
-
-
-def _reuses_memory(ranks: Ranks) -> None:
-    def faults() -> int:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        tensors = [torch.ones(2**20) for _ in range(32)]  # 128 MiB in all, freed together
-        del tensors
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-    faults()
-    pages = 32 * 2**22 // resource.getpagesize()
-    assert faults() < pages / 10
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
-def test_memory_that_was_freed_is_not_asked_for_again(run_distributed):
-    run_distributed(_reuses_memory, 1)
 
 
 def test_collectives_and_an_error_that_all_ranks_raise(run_distributed):

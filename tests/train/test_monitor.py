@@ -31,6 +31,10 @@ def _lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def _whole_lines(path: Path) -> list[str]:
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
 def test_every_step_is_one_line(tmp_path):
     _train(tmp_path, 1, 3)
     assert _lines(tmp_path / "metrics.jsonl") == [
@@ -68,3 +72,45 @@ def test_tensorboard_has_what_a_person_looks_for(tmp_path):
     assert "optimizer/loss_scale" not in scalars  # bf16 has none
     assert events.Tags()["images"] == ["images"]
     assert events.Tags()["tensors"] == ["config/text_summary", "prompts/text_summary"]
+
+
+def test_a_full_disk_leaves_neither_gaps_nor_half_lines(mounted, filled, tmp_path, capsys):
+    with mounted(tmp_path, "size=1M"):
+        monitor = Monitor(tmp_path, 0, 1000, "tokens", 2, (1e6, 2e6), "task: language\n")
+        monitor.step(_record(1, 1.0))
+        with filled(tmp_path):
+            for step in range(2, 301):  # more than the files' last pages have room for
+                monitor.step(_record(step, step))
+            monitor.validation(300, {"loss": 3.0})
+            monitor.example("images", torch.rand(3, 64, 64), 300)
+            said = capsys.readouterr().err
+            assert said.count("metrics.jsonl can't be written (No space left on device)") == 1
+            assert len(_whole_lines(tmp_path / "metrics.jsonl")) < 300
+        monitor.step(_record(301, 301.0))
+        monitor.close()
+        assert "metrics.jsonl can be written again, and nothing is missing from it" in capsys.readouterr().err
+        assert [line["step"] for line in _lines(tmp_path / "metrics.jsonl")] == list(range(1, 302))
+        assert _lines(tmp_path / "validation.jsonl") == [{"step": 300, "loss": 3.0}]
+        events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0}).Reload()
+        assert [event.step for event in events.Scalars("loss/train")] == list(range(2, 301, 2))
+        assert [event.step for event in events.Images("images")] == [300]
+
+
+def test_what_could_not_be_written_to_the_end_is_said(mounted, filled, tmp_path, capsys):
+    with mounted(tmp_path, "size=64k"):
+        monitor = Monitor(tmp_path, 0, 1000, "tokens", 100, (1e6, 2e6), "task: language\n")
+        with filled(tmp_path):
+            monitor.step(_record(1, 1.0))
+            monitor.close()
+        size = len(json.dumps({"step": 1, "samples": 8, "loss": 1.0, "batch_hash": f"{1:016x}"})) + 1
+        assert f"the last {size} bytes of {tmp_path / 'metrics.jsonl'} could not be written" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_at_the_start_is_the_users_to_mend(mounted, filled, tmp_path):
+    with mounted(tmp_path, "size=64k"):
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+        with (
+            filled(tmp_path),
+            pytest.raises(ValueError, match=r"metrics.jsonl can't be written \(No space left.*make room"),
+        ):
+            Monitor(tmp_path, 1, 10, "tokens", 2, (1e6, 2e6), "task: language\n")

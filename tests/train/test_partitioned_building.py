@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 from pathlib import Path
 
+import pytest
 import torch
+from safetensors.torch import save_file
 
-from train.config import load_config
+from train.config import AnyConfig, load_config
 from train.distributed import Ranks
-from train.engine import build_engine, build_model, full_state_dict
+from train.engine import build_engine, build_model, full_state_dict, writable
 from train.tasks import build_task
+from train.weights import copy_weights, find_weights
 
-CONFIG = "configs/language/quickstart.yaml"
+DEEP = ["model.width=384", "model.heads=6", "model.layers=24", "train.precision=bf16"]
+M_MMAP_THRESHOLD = -3  # malloc.h
 STAGE_3 = "deepspeed.config=configs/deepspeed/zero3.json"
+
+
+def _config(task: str, *settings: str) -> AnyConfig:
+    """Of a model of 85 MB in bf16."""
+    mlp = ["model.mlp_width=1024"] if task == "language" else []
+    return load_config(f"configs/{task}/quickstart.yaml", [*DEEP, *mlp, STAGE_3, *settings])
 
 
 def _peak_bytes() -> int:
@@ -23,10 +34,11 @@ def _peak_bytes() -> int:
     return peak
 
 
-def _build(ranks: Ranks) -> None:
-    deep = ["model.width=384", "model.heads=6", "model.mlp_width=1024", "model.layers=24", "train.precision=bf16"]
-    config = load_config(CONFIG, [*deep, STAGE_3])
+def _build(ranks: Ranks, task_name: str) -> None:
+    config = _config(task_name)
     task = build_task(config, None, ranks.device)
+    # Else the C library keeps the room of parameters that were whole for a moment, between shares that stay.
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536)
     _peak_bytes()
     before = _peak_bytes()
     torch.manual_seed(0)
@@ -45,7 +57,29 @@ def _build(ranks: Ranks) -> None:
         assert torch.equal(partitioned[name], weight.bfloat16()), name
 
 
-def test_a_partitioned_model_is_never_whole_and_has_the_same_weights(run_distributed, monkeypatch):
-    # Else the C library keeps the room of parameters that were whole for a moment, between shares that stay.
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
-    run_distributed(_build, 2)
+@pytest.mark.parametrize("task", ["language", "vision"])
+def test_a_partitioned_model_is_never_whole_and_has_the_same_weights(run_distributed, task):
+    run_distributed(_build, 2, task)
+
+
+def _load(ranks: Ranks, file: Path) -> None:
+    config = _config("vision", "model.layers=2", f"model.init_from={file}")
+    task = build_task(config, None, ranks.device)
+    torch.manual_seed(1)
+    weights = task.build_model().state_dict()
+    if ranks.is_main:
+        save_file(weights, file)
+    ranks.barrier()
+    model = build_model(task, config, ranks.world_size, "bf16")
+    copy_weights(model, find_weights(model, file), writable, read=ranks.is_main)
+    assert all(parameter.numel() == 0 for parameter in model.parameters())  # but for this rank's share
+    partitioned = full_state_dict(build_engine(model, config, ranks.world_size, "bf16"), is_main=True)
+    assert all(torch.equal(partitioned[name], weights[name].bfloat16()) for name in weights)
+
+    other = build_model(build_task(_config("vision", "model.layers=1"), None, ranks.device), config, 2, "bf16")
+    with pytest.raises(ValueError, match=r"holds another model: blocks.1.*12 in all do not fit"):
+        find_weights(other, file)
+
+
+def test_weights_from_elsewhere_are_loaded_into_shares(run_distributed, tmp_path):
+    run_distributed(_load, 2, tmp_path / "model.safetensors")

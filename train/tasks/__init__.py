@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from train.config import AnyConfig, LanguageConfig, VisionConfig
 from train.models.attention import SharedRows, backend_in_use
@@ -22,8 +22,12 @@ class Task(Protocol):
     unit: str  # what throughput counts: "tokens" or "images"
     units_per_sample: int
 
-    def build_model(self) -> nn.Module:
-        """The model with fresh weights from torch's global generator."""
+    def build_model(self, initialise: bool = True) -> Any:
+        """The model with fresh weights from torch's global generator.
+
+        With `initialise=False` its method `initialise(writable)` must follow: `writable(parameter)` makes a parameter of a
+        partitioned model whole while it is written. The weights are the same then.
+        """
 
     def flops_per_unit(self) -> tuple[float, float]:
         """(model, hardware) FLOPs of forward and backward for one token or image."""

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.utils import make_grid
 
 from train.config import VisionConfig
-from train.models.vision import build_vision_model
+from train.models.vision import VisionModel
 from train.tasks import Batch, flops_per_sample
 
 
@@ -33,8 +33,8 @@ class VisionTask:
                 num_classes=config.model.classes,
             )
 
-    def build_model(self) -> nn.Module:
-        return build_vision_model(self._config.model, self._config.train.activation_checkpointing)
+    def build_model(self, initialise: bool = True) -> VisionModel:
+        return VisionModel(self._config.model, self._config.train.activation_checkpointing, initialise)
 
     def flops_per_unit(self) -> tuple[float, float]:
         return flops_per_sample(self._config, self._device)

@@ -11,7 +11,7 @@ from train.config import AnyConfig, LanguageConfig, LanguageModelConfig, VisionC
 from train.models.flops import count_parameters
 from train.models.flops import model_flops_per_sample as flops_with
 from train.models.language import LanguageModel
-from train.models.vision import build_vision_model
+from train.models.vision import VisionModel
 
 LANGUAGE = LanguageModelConfig(
     vocab_size=50, layers=3, width=32, heads=4, mlp_width=48, sequence_length=24, attention_backend="reference"
@@ -43,7 +43,7 @@ def counted(config: AnyConfig, samples: int) -> float:
             LanguageModel(config.model, config.train.activation_checkpointing)(tokens, tokens).sum().backward()
         else:
             size = config.model.image_size
-            build_vision_model(config.model)(torch.randn(samples, config.model.channels, size, size)).sum().backward()
+            VisionModel(config.model)(torch.randn(samples, config.model.channels, size, size)).sum().backward()
     return counter.get_total_flops() / samples
 
 

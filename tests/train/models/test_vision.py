@@ -9,7 +9,7 @@ import torch
 from timm.models.vision_transformer import Attention, VisionTransformer
 
 from train.config import VisionModelConfig
-from train.models.vision import build_vision_model
+from train.models.vision import VisionAttention, VisionModel
 from twicing_core import TwicingAttention
 
 TINY = VisionModelConfig(image_size=16, patch_size=4, channels=3, classes=5, layers=3, width=32, heads=2)
@@ -17,7 +17,7 @@ TINY = VisionModelConfig(image_size=16, patch_size=4, channels=3, classes=5, lay
 
 def make_model(seed: int = 0, activation_checkpointing: int = 0, **changes: Any) -> VisionTransformer:
     torch.manual_seed(seed)
-    return build_vision_model(dataclasses.replace(TINY, **changes), activation_checkpointing)
+    return VisionModel(dataclasses.replace(TINY, **changes), activation_checkpointing)
 
 
 @pytest.mark.parametrize(("name", "width", "heads"), [("deit_tiny", 192, 3), ("deit_small", 384, 6)])
@@ -25,7 +25,7 @@ def make_model(seed: int = 0, activation_checkpointing: int = 0, **changes: Any)
 def test_timm_weights_load_strictly(name: str, width: int, heads: int, twicing_layers: str) -> None:
     published = timm.create_model(f"{name}_patch16_224", pretrained=False).eval()
     shape = VisionModelConfig(224, 16, 3, 1000, 12, width, heads, twicing_layers=twicing_layers)
-    model = build_vision_model(shape).eval()
+    model = VisionModel(shape).eval()
     model.load_state_dict(published.state_dict(), strict=True)
     images = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
@@ -35,13 +35,26 @@ def test_timm_weights_load_strictly(name: str, width: int, heads: int, twicing_l
 
 def test_only_the_chosen_blocks_are_swapped() -> None:
     kinds = [type(block.attn) for block in make_model(twicing_layers="2-3").blocks]
-    assert kinds == [Attention, TwicingAttention, TwicingAttention]
+    assert kinds == [Attention, VisionAttention, VisionAttention] and issubclass(VisionAttention, TwicingAttention)
 
 
 def test_softmax_and_twicing_models_start_from_equal_weights() -> None:
     softmax, twicing = make_model(twicing_layers="none").state_dict(), make_model().state_dict()
     assert softmax.keys() == twicing.keys()
     assert all(torch.equal(softmax[name], twicing[name]) for name in softmax)
+
+
+@pytest.mark.parametrize("twicing_layers", ["none", "all"])
+def test_weights_drawn_later_are_those_of_timms_constructor(twicing_layers: str) -> None:
+    torch.manual_seed(0)
+    whole = VisionTransformer(16, 4, 3, 5, embed_dim=32, depth=3, num_heads=2).state_dict()
+    torch.manual_seed(0)
+    model = VisionModel(dataclasses.replace(TINY, twicing_layers=twicing_layers), initialise=False)
+    model.initialise()
+    weights = model.state_dict()
+    assert all(torch.equal(weights[name], whole[name]) for name in whole)
+    weights = make_model(twicing_layers=twicing_layers).state_dict()
+    assert all(torch.equal(weights[name], whole[name]) for name in whole)
 
 
 def test_twicing_blocks_compute_twicing_attention() -> None:
