@@ -52,6 +52,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", required=True, help="seconds a step, turn by turn")
     options = parser.parse_intermixed_args()
     config = load_config(options.config, options.overrides)
+    if config.train.sequence_parallel_size > 1:
+        parser.error("train.sequence_parallel_size must be 1: the plain loops share no rows")
     config.train.micro_batch_size = None  # one forward pass a step, in all loops
     config.train.steps, config.train.stop_at_step = 10**6, None
     config.evaluate.every_steps = 0
@@ -144,9 +146,6 @@ class NothingSaved:
 
     def finish(self) -> None:
         return None
-
-    def steps(self) -> list[int]:
-        return []
 
 
 class PlainLoop:

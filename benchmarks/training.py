@@ -77,15 +77,8 @@ def measure_loops(recipe: list[str], world_size: int, threads: int, rounds: int)
     """Seconds a step of each loop, turn by turn, in a job of its own."""
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "seconds.json"
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={world_size}",
-            "-m",
-        ]
-        command += ["benchmarks.loops", *recipe, f"--rounds={rounds}", f"--json={file}"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+        command += ["-m", "benchmarks.loops", *recipe, f"--rounds={rounds}", f"--json={file}"]
         _check(subprocess.run(command, cwd=REPOSITORY, env=_environment(threads), capture_output=True, text=True))
         seconds: Seconds = json.loads(file.read_text())
     return seconds

@@ -101,15 +101,13 @@ def check_world_size(config: AnyConfig, world_size: int) -> None:
     if world_size % shared:
         raise ValueError(f"train.sequence_parallel_size is {shared}; it must divide the number of ranks, {world_size}")
     size = data_parallel_size(config, world_size)
-    ranks = "the number of ranks"
+    ranks = f"the number of ranks, {size}"
     if shared > 1:
-        ranks += f" over train.sequence_parallel_size, {world_size} / {shared} ="
-    else:
-        ranks += ","
+        ranks = f"the number of ranks over train.sequence_parallel_size, {world_size} / {shared} = {size}"
     if lanes % size:
-        raise ValueError(f"data.lanes is {lanes}; it must be a multiple of {ranks} {size}")
+        raise ValueError(f"data.lanes is {lanes}; it must be a multiple of {ranks}")
     if batch % size:
-        raise ValueError(f"train.global_batch_size is {batch}; it must be a multiple of {ranks} {size}")
+        raise ValueError(f"train.global_batch_size is {batch}; it must be a multiple of {ranks}")
     micro = micro_batch_size(config, world_size)
     if batch % (micro * size):
         allowed = [m for m in range(1, batch // size + 1) if batch // size % m == 0]

@@ -69,13 +69,13 @@ class AllToAll:
         return max(self.sent(world_size) / gpu.link, self.payload * elsewhere / self.ranks / gpu.network)
 
 
-def all_to_alls(config: AnyConfig, micro_batches: int, samples: int) -> list[AllToAll]:
+def all_to_alls(config: AnyConfig, precision: str, micro_batches: int, samples: int) -> list[AllToAll]:
     """Of `micro_batches` micro-batches of `samples` samples; none where no rows are shared."""
     size = config.train.sequence_parallel_size
     if size == 1 or not isinstance(config, LanguageConfig):
         return []
     model = config.model
-    item = 4 if config.train.precision == "fp32" else 2
+    item = 4 if precision == "fp32" else 2
     heads = 2 * (model.heads + (model.kv_heads or model.heads))  # of queries and outputs, keys and values
     layer = samples * model.sequence_length // size * heads * (model.width // model.heads) * item
     every = config.train.activation_checkpointing

@@ -82,7 +82,8 @@ class Plan:
         zero = zero_config(zero_settings(self.config), stage)
         largest = numel // self.config.model.layers
         sent = collectives(zero, self.parameters, self.precision, self.micro_batches, recomputed, largest)
-        return [*sent, *all_to_alls(self.config, self.micro_batches, micro_batch_size(self.config, self.gpus))]
+        samples = micro_batch_size(self.config, self.gpus)
+        return [*sent, *all_to_alls(self.config, self.precision, self.micro_batches, samples)]
 
 
 def model(plan: Plan) -> str:

@@ -80,8 +80,8 @@ def test_seconds_of_a_collective_are_those_of_its_slowest_link():
 
 def test_an_all_to_all_leaves_the_node_only_if_the_group_does():
     h100, config = GPUS["h100"], load_config("configs/language/llama_1b.yaml", ["train.sequence_parallel_size=4"])
-    config.train.precision, config.train.activation_checkpointing = "bf16", 0
-    (sent,) = all_to_alls(config, micro_batches=3, samples=2)
+    config.train.activation_checkpointing = 0
+    (sent,) = all_to_alls(config, "bf16", micro_batches=3, samples=2)
     model = config.model
     heads = 2 * model.heads + 2 * model.kv_heads  # of queries and outputs, of keys and values
     tensors = 2 * 2 * model.sequence_length // 4 * heads * (model.width // model.heads)

@@ -196,8 +196,7 @@ def _predict(config: AnyConfig, precision: str, world_size: int) -> tuple[dict[s
     recomputed = blocks if config.train.activation_checkpointing else 0
     micro_batches = gradient_accumulation_steps(config, world_size)
     sent = collectives(zero, parameters, precision, micro_batches, recomputed, blocks // config.model.layers)
-    config.train.precision = precision
-    return sizes, {c.kind: c.payload for c in [*sent, *all_to_alls(config, micro_batches, samples=2)]}
+    return sizes, {c.kind: c.payload for c in [*sent, *all_to_alls(config, precision, micro_batches, samples=2)]}
 
 
 def _config(file: Path, name: str, world_size: int) -> tuple[AnyConfig, str]:
