@@ -1,9 +1,12 @@
 """Compiles the CUDA kernels with nvcc, at their first use or by `python -m twicing_core.build`.
 
 One object for each element type and head dimension, as many at a time as there are processors, linked with the
-registration of the operators. That speaks to torch by libtorch's stable ABI, so the library's name in the cache tells
-only the sources and the architectures: it serves any torch from 2.13 on, is found on machines without nvcc (build it
-where there is one, and share or copy ``$TWICING_CACHE``), and is loaded where there is no GPU at all.
+registration of the operators. nvcc translates each to PTX once, for the oldest architecture, whose instructions are all
+that the kernels use, and ptxas that to the code of every architecture: so what is verified of the PTX is true of all.
+
+The registration speaks to torch by libtorch's stable ABI, so the library's name in the cache tells only the sources and
+the architectures: it serves any torch from 2.13 on, is found on machines without nvcc (build it where there is one, and
+share or copy ``$TWICING_CACHE``), and is loaded where there is no GPU at all.
 """
 
 from __future__ import annotations
@@ -31,9 +34,8 @@ from twicing_core.fused import CUDA_HEAD_DIMS
 SOURCES = Path(__file__).parent / "csrc" / "cuda"
 ELEMENTS = ("Bf16", "Fp16")
 LEAST_CAPABILITY = (8, 0)  # mma of bfloat16, cp.async
-# Where no GPU is in sight. Code for 8.0 also runs on 8.6 and 8.9, and what PTX is of 12.0 on what comes after.
-DEFAULT_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0+PTX")
-FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC"]
+VIRTUAL_ARCHITECTURE = "compute_80"  # that of the PTX
+FLAGS = ["-std=c++20", "-O3"]
 TARGET_VERSION = "0x020d000000000000"  # torch 2.13, the first that hands out a stream's native handle
 
 
@@ -110,7 +112,7 @@ def compile_library(
 
     Args:
         path: where; the compiler's complaints go beside it, to a file that ends in .log.
-        architectures: such as "8.0", or "9.0+PTX" for code that newer devices can compile on.
+        architectures: such as "8.0", or "9.0+PTX" to keep the PTX too, which a driver can compile for its device.
         elements, head_dims: of the kernels to put in.
 
     Raises:
@@ -120,20 +122,26 @@ def compile_library(
     if compiler is None:
         raise BuildError("no nvcc found; install the CUDA toolkit, or set CUDA_HOME")
     torch_root, aside = Path(torch.__file__).parent, path.with_suffix(f".{os.getpid()}")
-    gencode = [_gencode(architecture) for architecture in architectures]
+    codes = [f"sm_{_number(architecture)}" for architecture in architectures]
+    if any(architecture.endswith("+PTX") for architecture in architectures):
+        codes.append(VIRTUAL_ARCHITECTURE)
+    gencode = f"-gencode=arch={VIRTUAL_ARCHITECTURE},code=[{','.join(codes)}]"
 
     with tempfile.TemporaryDirectory(prefix="twicing_core_") as folder:
 
         def compile_object(name: str, source: str, *flags: str) -> str:
             target = f"{folder}/{name}.o"
-            command = [compiler, *FLAGS, *gencode, *flags, "-x", "cu", "-c", str(SOURCES / source), "-o", target]
+            command = [compiler, *FLAGS, "-Xcompiler", "-fPIC", gencode, *flags]
+            command += ["-x", "cu", "-c", str(SOURCES / source), "-o", target]
             run_compiler(command, log=path.with_suffix(".log"))
             return target
 
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as threads:
             flags = [f"-DTORCH_TARGET_VERSION={TARGET_VERSION}", f"-I{torch_root / 'include'}"]
             objects = [threads.submit(compile_object, "library", "library.cpp", *flags)]
-            for head_dim, element in product(sorted(head_dims, reverse=True), elements):  # what takes longest, first
+            # Most kernels have those head dimensions that the short ones take, up to 64.
+            longest_first = sorted(head_dims, key=lambda head_dim: (head_dim > 64, -head_dim))
+            for head_dim, element in product(longest_first, elements):
                 flags = [f"-DELEMENT={element}", f"-DHEAD_DIM={head_dim}"]
                 objects.append(threads.submit(compile_object, f"{element}_{head_dim}", "kernels.cu", *flags))
         link = [compiler, "-shared", "-cudart", "static", "-Xlinker", "-z,defs", "-o", str(aside)]
@@ -147,12 +155,14 @@ def build_if_wanted() -> str:
     start = time.monotonic()
     if nvcc() is None:
         return "no CUDA kernels, for there is no nvcc: install the CUDA toolkit if this machine has NVIDIA GPUs"
-    if not torch.cuda.is_available() and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        return (
-            "no CUDA kernels, for there is no GPU here: set TORCH_CUDA_ARCH_LIST (such as 9.0) to compile them anyway"
-        )
     try:
-        return f"CUDA kernels in {build(architectures())} ({time.monotonic() - start:.0f} s)"
+        wanted = architectures()
+        if not wanted:
+            return (
+                "no CUDA kernels, for there is no GPU here that can run them: set TORCH_CUDA_ARCH_LIST (such as 9.0) "
+                "to compile them anyway"
+            )
+        return f"CUDA kernels in {build(wanted)} ({time.monotonic() - start:.0f} s)"
     except BuildError as error:
         return f"no CUDA kernels ({error}); torch's attention will be used instead"
 
@@ -165,7 +175,7 @@ def nvcc() -> str | None:
 
 
 def architectures() -> list[str]:
-    """What to compile for: ``TORCH_CUDA_ARCH_LIST``, or else the visible GPUs, or else `DEFAULT_ARCHITECTURES`.
+    """What to compile for: ``TORCH_CUDA_ARCH_LIST``, or else the visible GPUs.
 
     Raises:
         BuildError: ``TORCH_CUDA_ARCH_LIST`` is not understood, or all of it is older than 8.0.
@@ -179,17 +189,17 @@ def architectures() -> list[str]:
         if not chosen:
             raise BuildError(f"TORCH_CUDA_ARCH_LIST={listed} has nothing that the kernels run on: 8.0 and newer")
         return chosen
-    if torch.cuda.is_available():
-        capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-        return [_dotted(capability) for capability in sorted(capabilities) if capability >= LEAST_CAPABILITY]
-    return list(DEFAULT_ARCHITECTURES)
+    if not torch.cuda.is_available():
+        return []
+    capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return [_dotted(capability) for capability in sorted(capabilities) if capability >= LEAST_CAPABILITY]
 
 
 def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
-    """Whether code runs on a device: the same major version and not a newer minor one, or PTX that isn't newer."""
-    major, minor = _capability(architecture)
+    """Whether code runs on a device: the same major version and not a newer minor one, or PTX."""
     if architecture.endswith("+PTX"):
-        return (major, minor) <= capability
+        return capability >= LEAST_CAPABILITY
+    major, minor = _capability(architecture)
     return major == capability[0] and minor <= capability[1]
 
 
@@ -203,12 +213,10 @@ def _dotted(capability: tuple[int, int]) -> str:
 
 
 def _fingerprint() -> str:
-    parts = [platform.machine(), TARGET_VERSION, *FLAGS]
+    parts = [platform.machine(), TARGET_VERSION, VIRTUAL_ARCHITECTURE, *FLAGS]
     parts += [source.name + source.read_text() for source in sorted(SOURCES.iterdir())]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _gencode(architecture: str) -> str:
-    number = "".join(map(str, _capability(architecture)))
-    codes = f"sm_{number},compute_{number}" if architecture.endswith("+PTX") else f"sm_{number}"
-    return f"-gencode=arch=compute_{number},code=[{codes}]"
+def _number(architecture: str) -> str:
+    return "".join(map(str, _capability(architecture)))

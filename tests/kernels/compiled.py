@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -22,7 +21,9 @@ import sass
 import torch
 from cases import HEAD_DIMS, Case
 from emulated import KERNELS
-from interpreted import record_launches
+from interpreted import compile_to_ptx, nvcc, record_launches
+
+from twicing_core.build_cuda import FLAGS
 
 ARCHITECTURES = tuple(costs.MULTIPROCESSORS)
 
@@ -76,10 +77,6 @@ class Kernel:
         return f"{self.name} {self.dtype} {self.head_dim} on sm_{self.architecture}"
 
 
-def nvcc() -> str | None:
-    return shutil.which("nvcc")
-
-
 def name_of(symbol: str) -> str:
     """``forward_kernel<0>`` of ``_ZN7twicing14forward_kernelIN3ptx4Bf16ELi64ELNS_4PassE0EEEvNS_13ForwardParamsE``"""
     found = SYMBOL.match(symbol)
@@ -91,11 +88,12 @@ def name_of(symbol: str) -> str:
 
 def compile_kernels(dtype: str, head_dim: int, architecture: int) -> list[Kernel]:
     """Compiles all kernels of a type and head dimension; reads what ptxas says of them, and their code."""
+    defines = (f"ELEMENT={dtype.capitalize()}", f"HEAD_DIM={head_dim}")
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
-        command = [str(nvcc()), "-std=c++17", "-O3", "-cubin", f"-arch=sm_{architecture}", "-Xptxas=-v"]
-        command += [f"-DELEMENT={dtype.capitalize()}", f"-DHEAD_DIM={head_dim}", "-o", str(cubin)]
-        result = subprocess.run([*command, str(KERNELS / "kernels.cu")], capture_output=True, text=True)
+        command = [str(nvcc()), *FLAGS, "-cubin", f"-arch=sm_{architecture}", "-Xptxas=-v", "-o", str(cubin)]
+        ptx = compile_to_ptx(KERNELS / "kernels.cu", *defines)
+        result = subprocess.run([*command, str(ptx)], capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         assert "warning" not in result.stderr, result.stderr
         loops = sass.main_loops(cubin)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import shutil
+import os
 import struct
 import subprocess
 from dataclasses import dataclass
@@ -23,27 +23,25 @@ from emulated import Kernels as Emulated
 from emulated import ShortKernels as EmulatedShort
 from emulated import WavefrontKernels as EmulatedWavefront
 
+from twicing_core.build_cuda import FLAGS, VIRTUAL_ARCHITECTURE, nvcc
+
 BUILD = REPOSITORY / "build" / "ptx"
 SOURCES = ("kernels.cu",)  # which instantiate the kernels
-ARCHITECTURE = 80
 
 
-def nvcc() -> str | None:
-    return shutil.which("nvcc")
-
-
-def compile_to_ptx(source: Path, architecture: int, *defines: str) -> str:
-    """The text that nvcc makes of a .cu file; kept until a source in its folder changes."""
-    command = ["nvcc", "-std=c++17", "-O3", "-ptx", f"-arch=sm_{architecture}", *(f"-D{each}" for each in defines)]
+def compile_to_ptx(source: Path, *defines: str) -> Path:
+    """What nvcc makes of a .cu file, for every architecture the same; kept until a source in its folder changes."""
+    command = [str(nvcc()), *FLAGS, "-ptx", f"-arch={VIRTUAL_ARCHITECTURE}", "-Werror=all-warnings"]
+    command += [f"-D{each}" for each in defines]
     sources = sorted([source, *source.parent.glob("*.cuh"), *KERNELS.glob("*.cuh")])
     digest = hashlib.sha256(b"\0".join(path.read_bytes() for path in sources) + " ".join(command).encode())
     text = BUILD / f"{source.stem}_{digest.hexdigest()[:16]}.ptx"
     if not text.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
-        unfinished = text.with_suffix(f".{id(digest)}.tmp")
+        unfinished = text.with_suffix(f".{os.getpid()}.{id(digest)}.tmp")
         subprocess.run([*command, f"-I{KERNELS}", "-o", str(unfinished), str(source)], check=True)
         unfinished.rename(text)
-    return text.read_text()
+    return text
 
 
 @dataclass(frozen=True)
@@ -112,14 +110,13 @@ class AsPtx:
         dtype: torch.dtype,
         head_dim: int,
         *arguments: object,
-        architecture: int = ARCHITECTURE,
         kernels: Path = KERNELS,
     ) -> None:
         super().__init__(dtype, head_dim, *arguments)
         defines = (f"ELEMENT={ELEMENTS[dtype]}", f"HEAD_DIM={head_dim}")
         self._kernels: dict[str, ptx.Kernel] = {}
         for source in SOURCES:
-            self._kernels |= ptx.parse(compile_to_ptx(kernels / source, architecture, *defines))
+            self._kernels |= ptx.parse(compile_to_ptx(kernels / source, *defines).read_text())
         self._programs: dict[str, ptx.Program] = {}
 
     def _start(self, *arguments: object) -> None:
@@ -203,15 +200,15 @@ def record_launches(dtype: torch.dtype, head_dim: int, case: Case) -> dict[str, 
 
 
 @cache
-def kernels(dtype: torch.dtype, head_dim: int, architecture: int = ARCHITECTURE) -> Kernels:
-    return Kernels(dtype, head_dim, architecture=architecture)
+def kernels(dtype: torch.dtype, head_dim: int) -> Kernels:
+    return Kernels(dtype, head_dim)
 
 
 @cache
-def short(dtype: torch.dtype, head_dim: int, architecture: int = ARCHITECTURE) -> ShortKernels:
-    return ShortKernels(dtype, head_dim, architecture=architecture)
+def short(dtype: torch.dtype, head_dim: int) -> ShortKernels:
+    return ShortKernels(dtype, head_dim)
 
 
 @cache
-def wavefront(dtype: torch.dtype, head_dim: int, lag: int, architecture: int = ARCHITECTURE) -> WavefrontKernels:
-    return WavefrontKernels(dtype, head_dim, lag, architecture=architecture)
+def wavefront(dtype: torch.dtype, head_dim: int, lag: int) -> WavefrontKernels:
+    return WavefrontKernels(dtype, head_dim, lag)

@@ -8,7 +8,7 @@
 #include <cstring>
 #include <type_traits>
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -44,6 +44,8 @@ inline Floats load(const c10::BFloat16* from) {
 inline Floats load(const c10::Half* from) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_cvtph_ps(load_as<__m256i>(from));
+#elif defined(__F16C__)
+  return (Floats)_mm256_cvtph_ps(load_as<__m128i>(from));
 #else
   Floats x;
   for (int lane = 0; lane < kLanes; ++lane) x[lane] = static_cast<float>(from[lane]);
@@ -72,6 +74,9 @@ inline void store(c10::BFloat16* to, Floats x) {
 inline void store(c10::Half* to, Floats x) {
 #if defined(__AVX512F__)
   __m256i rounded = _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  std::memcpy(to, &rounded, sizeof(rounded));
+#elif defined(__F16C__)
+  __m128i rounded = _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
   std::memcpy(to, &rounded, sizeof(rounded));
 #else
   for (int lane = 0; lane < kLanes; ++lane) to[lane] = c10::Half(x[lane]);
@@ -127,6 +132,8 @@ inline void store_pairs(c10::BFloat16* to, Shorts even, Shorts odd) {
 inline Floats max(Floats a, Floats b) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
 #else
   return a > b ? a : b;
 #endif
