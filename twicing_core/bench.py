@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from twicing_core import fused
 from twicing_core.attention import twicing_attention
 
 Attention = Callable[..., Tensor]
@@ -126,7 +127,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shapes", nargs="+", metavar="NAME", help=f"CPU: {', '.join(SHAPES)}; CUDA: {', '.join(CUDA_SHAPES)}"
     )
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float16", "float32"],
+        help="default: bfloat16 where the device multiplies it as it is, else float32",
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=11, help="of each candidate (default: %(default)s)")
@@ -151,13 +156,13 @@ def run(arguments: argparse.Namespace) -> int:
     if unknown := set(arguments.shapes or ()) - set(shapes):
         sys.exit(f"--shapes {' '.join(unknown)}: on {arguments.device} there are {', '.join(shapes)}")
     torch.set_num_threads(arguments.threads)
-    dtype = getattr(torch, arguments.dtype)
-    peak = gemm_peak(dtype, arguments.device)
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else multiplied_in(torch.bfloat16, arguments.device)
+    multiplied = multiplied_in(dtype, arguments.device)
     load = os.getloadavg()[0]
-    print(
-        f"{_device_name(arguments.device)}, {arguments.threads} threads, torch {torch.__version__}, {arguments.dtype}"
-    )
-    print(f"GEMM peak {peak / 1e12:.2f} TFLOP/s; load average {load:.1f}{' - NOT IDLE' if load > 0.5 else ''}\n")
+    peak = gemm_peak(multiplied, arguments.device)
+    print(f"{_device_name(arguments.device)}, {arguments.threads} threads, torch {torch.__version__}, {_name(dtype)}")
+    print(f"GEMM peak {peak / 1e12:.2f} TFLOP/s in {_name(multiplied)}; load average {load:.1f}", end="")
+    print(f"{' - NOT IDLE' if load > 0.5 else ''}\n")
     results = []
     for name in arguments.shapes or shapes:
         shape = shapes[name]
@@ -170,7 +175,7 @@ def run(arguments: argparse.Namespace) -> int:
             ]
     if arguments.json:
         machine = {"device": _device_name(arguments.device), "threads": arguments.threads, "load": load}
-        machine |= {"torch": torch.__version__, "dtype": arguments.dtype, "gemm_peak_flops": peak}
+        machine |= {"torch": torch.__version__, "dtype": _name(dtype), "gemm_peak_flops": peak}
         arguments.json.write_text(json.dumps(machine | {"results": results}, indent=2) + "\n")
     if arguments.plot:
         plot(results, arguments.plot)
@@ -272,6 +277,12 @@ def minimal_flops(shape: Shape, backward: bool) -> float:
     return flops / 2 if shape.is_causal else flops
 
 
+def multiplied_in(dtype: torch.dtype, device: str) -> torch.dtype:
+    """What the fused kernels multiply a dtype in: CPUs take float32 for the halves, but for bfloat16 where they have AMX."""
+    as_it_is = device == "cuda" or (dtype == torch.bfloat16 and fused.multiplies_bfloat16())
+    return dtype if as_it_is else torch.float32
+
+
 def gemm_peak(dtype: torch.dtype, device: str) -> float:
     """FLOP/s that torch reaches with a large product in this dtype."""
     left, right = (torch.randn(2048, 2048).to(device, dtype) for _ in range(2))
@@ -326,7 +337,15 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def _device_name(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+    return f"{model}, {torch.backends.cpu.get_cpu_capability()}{' and AMX' if fused.multiplies_bfloat16() else ''}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _synchronise(device: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from twicing_core import build, build_cuda, preferences
+from twicing_core import build, build_cuda, fused, preferences
 from twicing_core.attention import BACKENDS, Backend
 
 
@@ -47,7 +47,7 @@ def _print_machine() -> None:
     print(f"compiler       {shutil.which(compiler) or f'{compiler} not found'}")
     print(f"fused kernels  {f'none: {unavailable}' if unavailable else build.library()}")
     if unavailable is None:
-        bfloat16 = "bfloat16 (AMX)" if _multiplies_bfloat16() else "float32 (no AMX)"
+        bfloat16 = "bfloat16 (AMX)" if fused.multiplies_bfloat16() else "float32 (no AMX)"
         print(f"  products     of bfloat16 in {bfloat16}, of float16 and float32 in float32")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"CUDA           {', '.join(devices) or 'no device'}")
@@ -91,10 +91,6 @@ def _print_preferences(arguments: argparse.Namespace) -> None:
             f"    {device:10s} inference: {chosen.inference}; training: {chosen.training}, {chosen.backward} backward"
         )
         print(f"    {'':10s} {chosen.reason}")
-
-
-def _multiplies_bfloat16() -> bool:
-    return bool(torch.ops.twicing.multiplies_bfloat16())
 
 
 def _name(dtype: torch.dtype) -> str:

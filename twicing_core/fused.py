@@ -103,6 +103,11 @@ def _wants_gradients(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether this processor's kernels multiply bfloat16 as it is (AMX), not in float32."""
+    return _unavailable() is None and bool(torch.ops.twicing.multiplies_bfloat16())
+
+
 def _unavailable() -> str | None:
     from twicing_core import build  # here, so that `python -m twicing_core.build` is not imported before it runs
 

@@ -33,7 +33,7 @@ def test_doctor_says_what_auto_takes_and_why_not_the_others(capsys, monkeypatch,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(doctor.build, "unavailable", lambda: None)
     monkeypatch.setattr(doctor.build, "library", lambda: "/cache/cpu.so")
-    monkeypatch.setattr(doctor, "_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(doctor.fused, "multiplies_bfloat16", lambda: True)
     assert doctor.run(parse(doctor, *words)) == 0
     output = capsys.readouterr().out
     assert [line.split()[0] for line in output.splitlines() if "auto takes it" in line] == taken
