@@ -44,7 +44,7 @@ REGISTERS = {
     "short_backward<256>": dict.fromkeys(HEAD_DIMS, 255),
     "wavefront_forward<0>": {16: 192, 32: 240, 64: 255, 96: 208, 128: 248},
     "wavefront_forward<1>": {16: 136, 32: 160, 64: 200, 96: 216, 128: 255},
-    "wavefront_backward<0>": {16: 184, 32: 184, 64: 255, 96: 224, 128: 255},
+    "wavefront_backward<0>": {16: 192, 32: 184, 64: 255, 96: 224, 128: 255},
     "wavefront_backward<1>": {16: 192, 32: 200, 64: 255, 96: 232, 128: 255},
 }
 

@@ -212,6 +212,22 @@ def test_refuses_what_it_cannot_do(make_qkv, options, shape, message):
         twicing_attention(*qkv, backend="fused", **options)
 
 
+@each_dtype
+@each_order
+@each_sharing
+@pytest.mark.parametrize(("seq", "head_dim"), [(1, 8), (97, 24), (500, 40), (600, 64)])
+def test_nothing_of_one_call_reaches_the_next(make_qkv, run, seq, head_dim, threads, is_causal, dtype):
+    """Threads keep their scratch memory, and what pads rows there is multiplied by zero, which would not make NaN zero."""
+    torch.set_num_threads(threads)
+    qkv = make_qkv(batch=1, heads=2, seq=seq, head_dim=head_dim, dtype=dtype)
+    before = run(qkv, is_causal=is_causal, backend="fused")
+    for causal in (False, True):
+        run([torch.full((1, 2, 700, 128), torch.nan, dtype=dtype)] * 3, is_causal=causal, backend="fused")
+    after = run(qkv, is_causal=is_causal, backend="fused")
+    for name, one, other in zip(NAMES, before, after, strict=True):
+        assert one.equal(other), name
+
+
 # Properties, of any shape.
 
 shapes = st.fixed_dictionaries(
@@ -252,7 +268,8 @@ def test_attention_to_oneself_alone_gives_the_value(make_qkv, shape):
     query, _, value = draw(make_qkv, shape)
     unit = torch.nn.functional.normalize(query.double(), dim=-1)
     gap = 1 - (unit @ unit.mT).masked_fill(torch.eye(shape["seq"], dtype=torch.bool), -1).max()
-    scale = float(60 / gap.clamp_min(1e-2)) if gap > 2e-2 else None
+    gap = float(gap.detach())
+    scale = 60 / max(gap, 1e-2) if gap > 2e-2 else None
     if scale is None:  # two queries happen to be nearly the same
         return
     unit = unit.to(shape["dtype"])

@@ -36,7 +36,7 @@ template <typename T, typename E, typename G>
 class BackwardData {
  public:
   BackwardData(const Problem& problem, const BackwardInputs<T>& inputs, const BackwardOutputs<T, G>& outputs)
-      : tiling(problem, works_alone(), kBlock<E>),
+      : tiling(problem, works_alone(), block_alone<E>(problem.length)),
         teams(works_alone() ? 1 : std::min<int64_t>(at::get_num_threads(), tiling.blocks)),
         problem_(problem), in_(inputs), out_(outputs) {
     auto& scratch = BackwardScratch<E>::of_this_thread();
@@ -116,7 +116,7 @@ class BackwardData {
       });
       delta[start + row] = horizontal_sum(sum);
     }
-    const Padded<E> grad_u{{rows, depth}, count, tiling.block, depth, depth};
+    const Padded<E> grad_u{{rows, depth}, count, tiling.block, problem_.head_dim, depth};
     pack_rows(grad_u, grad_u_at(start), tiling.width);
     pack_transposed(grad_u, gradients_T_at(first, start), tiling.chunk);
   }

@@ -34,12 +34,13 @@ inline constexpr int64_t kChunk = 256;
 inline constexpr int64_t kSharedBlock = 64;  // when threads share a problem: enough blocks for all of them
 // AMX takes a third of a microsecond to set up for a product of another shape, and as long to wake up after a pause.
 // Larger blocks need it less often; of causal attention they waste more, along the diagonal.
+// So in float they pay only where dQ, over all of which each block of keys passes, is too large for the caches.
 template <typename E>
-inline constexpr int64_t kBlock = kPair<E> == 2 ? 128 : 64;
+inline int64_t block_alone(int64_t length) { return kPair<E> == 2 || length >= 4096 ? 128 : 64; }
 // Up to this length full attention is one block, so that A is made once: 512 KiB in BFloat16, part of a core's L2 cache.
 inline constexpr int64_t kWhole = 512;
 
-// The sizes that follow from a problem. `alone`: a thread has it to itself. `block_alone`: kBlock of the element.
+// The sizes that follow from a problem. `alone`: a thread has it to itself, with blocks of `block_alone` rows.
 struct Tiling {
   Tiling(const Problem& problem, bool alone, int64_t block_alone)
       : length(problem.length),
