@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 .PHONY: help install quickstart quickstart-vision test test-fast test-long test-cluster verify-kernels lint format bench tensorboard clean
 
 help:
-	@echo "make quickstart         train a twicing language model on Wikipedia summaries (under 10 minutes on two cores)"
+	@echo "make quickstart         train a twicing language model on Wikipedia summaries (5 minutes on two cores with AMX)"
 	@echo "make quickstart-vision  train a twicing vision transformer on Fashion-MNIST"
 	@echo "make test               the tests;  make test-fast  without the slow ones"
 	@echo "make test-long          every ZeRO stage on every number of ranks, measured memory: minutes each"

@@ -67,26 +67,9 @@ class RotaryPositions:
         self.cos, self.sin = angles.cos(), angles.sin()
 
     def __call__(self, x_BHNK: torch.Tensor) -> torch.Tensor:
-        return _Rotation.apply(x_BHNK, self.cos, self.sin)
-
-
-class _Rotation(torch.autograd.Function):
-    """The gradient of a rotation is the rotation back. Autograd's own makes and adds up three times as many tensors."""
-
-    @staticmethod
-    def forward(ctx: Any, x_BHNK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x_BHNK, cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, gradient_BHNK: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotate(gradient_BHNK, cos, -sin), None, None
-
-
-def _rotate(x_BHNK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    first, second = x_BHNK.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BHNK.dtype)
+        first, second = x_BHNK.float().chunk(2, dim=-1)
+        rotated = [first * self.cos - second * self.sin, second * self.cos + first * self.sin]
+        return torch.cat(rotated, dim=-1).to(x_BHNK.dtype)
 
 
 def sinusoidal_positions(length: int, width: int, device: torch.device, first: int = 0) -> torch.Tensor:
