@@ -46,8 +46,11 @@ def dry_run(config: AnyConfig) -> int:
         batch, source = task.placeholder_batch(samples), f"{samples} random samples, as {absence}"
     if shared > 1:
         batch, source = _slice(batch, shared), f"a rank's slice, one of {shared}, of {source}"
+    tried = precision
+    if precision == "bf16" and resolve_precision("auto", device) == "fp32":
+        tried, source = "fp32", f"{source}, in fp32, as this processor only imitates bf16"
     print(f"one batch: {source}", flush=True)
-    print(_try_batch(task, model.to(device, DTYPES[precision]), batch, device), flush=True)
+    print(_try_batch(task, model.to(device, DTYPES[tried]), batch, device), flush=True)
     return EXIT_FINISHED
 
 
