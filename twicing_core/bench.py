@@ -160,8 +160,10 @@ def run(arguments: argparse.Namespace) -> int:
     multiplied = multiplied_in(dtype, arguments.device)
     load = os.getloadavg()[0]
     peak = gemm_peak(multiplied, arguments.device)
-    print(f"{_device_name(arguments.device)}, {arguments.threads} threads, torch {torch.__version__}, {_name(dtype)}")
-    print(f"GEMM peak {peak / 1e12:.2f} TFLOP/s in {_name(multiplied)}; load average {load:.1f}", end="")
+    print(
+        f"{_device_name(arguments.device)}, {arguments.threads} threads, torch {torch.__version__}, {fused.name_of(dtype)}"
+    )
+    print(f"GEMM peak {peak / 1e12:.2f} TFLOP/s in {fused.name_of(multiplied)}; load average {load:.1f}", end="")
     print(f"{' - NOT IDLE' if load > 0.5 else ''}\n")
     results = []
     for name in arguments.shapes or shapes:
@@ -175,7 +177,7 @@ def run(arguments: argparse.Namespace) -> int:
             ]
     if arguments.json:
         machine = {"device": _device_name(arguments.device), "threads": arguments.threads, "load": load}
-        machine |= {"torch": torch.__version__, "dtype": _name(dtype), "gemm_peak_flops": peak}
+        machine |= {"torch": torch.__version__, "dtype": fused.name_of(dtype), "gemm_peak_flops": peak}
         arguments.json.write_text(json.dumps(machine | {"results": results}, indent=2) + "\n")
     if arguments.plot:
         plot(results, arguments.plot)
@@ -342,10 +344,6 @@ def _device_name(device: str) -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
     return f"{model}, {torch.backends.cpu.get_cpu_capability()}{' and AMX' if fused.multiplies_bfloat16() else ''}"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _synchronise(device: str) -> None:

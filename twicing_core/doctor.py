@@ -63,7 +63,7 @@ def _print_choice(query: torch.Tensor, arguments: argparse.Namespace) -> None:
         "attn_mask": mask,
         "cu_seqlens": None,
     }
-    print(f"{query.device.type} {_name(query.dtype)}")
+    print(f"{query.device.type} {fused.name_of(query.dtype)}")
     chosen = False
     for name, backend in BACKENDS.items():
 
@@ -91,7 +91,3 @@ def _print_preferences(arguments: argparse.Namespace) -> None:
             f"    {device:10s} inference: {chosen.inference}; training: {chosen.training}, {chosen.backward} backward"
         )
         print(f"    {'':10s} {chosen.reason}")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

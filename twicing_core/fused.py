@@ -42,7 +42,7 @@ def refusal(
     if device not in DTYPES:
         return f"there are no fused kernels for {device}"
     if query.dtype not in DTYPES[device]:
-        names = [str(dtype).removeprefix("torch.") for dtype in DTYPES[device]]
+        names = [name_of(dtype) for dtype in DTYPES[device]]
         kernels = "fused kernels" if device == "cpu" else "fused CUDA kernels"
         return f"the {kernels} take {', '.join(names[:-1])} and {names[-1]}, got {query.dtype}"
     if head_dim not in HEAD_DIMS:
@@ -101,6 +101,11 @@ def _forward_of_padded_heads(query: Tensor, key: Tensor, value: Tensor, *options
 
 def _wants_gradients(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """``bfloat16`` of ``torch.bfloat16``"""
+    return str(dtype).removeprefix("torch.")
 
 
 def multiplies_bfloat16() -> bool:

@@ -161,3 +161,11 @@ def test_doctor_says_what_auto_would_take_on_gpus(capsys, monkeypatch, parse):
 def test_minimal_flops():
     assert bench.minimal_flops(bench.Shape(2, 3, 10, 4, False), False) == 3 * 2 * 6 * 100 * 4
     assert bench.minimal_flops(bench.Shape(2, 3, 10, 4, True), True) == 9 * 6 * 100 * 4
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_halves_are_multiplied_in_float32_on_cpus_without_tiles(monkeypatch, tiles):
+    monkeypatch.setattr(bench.fused, "multiplies_bfloat16", lambda: tiles)
+    assert bench.multiplied_in(torch.bfloat16, "cpu") == (torch.bfloat16 if tiles else torch.float32)
+    assert bench.multiplied_in(torch.float16, "cpu") == torch.float32
+    assert bench.multiplied_in(torch.bfloat16, "cuda") == torch.bfloat16

@@ -30,10 +30,10 @@ def python(*arguments, **environment):
 
 
 def assert_kernels_are_right(**environment):
-    """By the very tests of `test_fused.py`: alone and shared, in one pass and in two, of all dtypes."""
-    some = "test_error_is_within_the_rule and (197-threads1 or 513-threads2)"
+    """By the very tests of `test_fused.py`: alone and shared, in one pass and in two, of all dtypes; padded."""
+    some = "test_error_is_within_the_rule and (197-threads1 or 513-threads2) or reaches_the_next and 97-24"
     done = python("pytest", "tests/twicing_core/test_fused.py", "-q", "-k", some, **environment)
-    assert done.returncode == 0 and "12 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
+    assert done.returncode == 0 and "30 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
 
 
 def test_without_tiles():

@@ -73,8 +73,8 @@ class Forward {
  public:
   Forward(const Problem& problem, Rows<const T> query, Rows<const T> key, Rows<const T> value, Rows<T> output,
           Rows<T> u, float* log_sum_exp)
-      : problem_(problem), tiling_(problem, works_alone(), block_alone<E>(problem.length)), query_(query), key_(key), value_(value), output_(output),
-        u_(u), log_sum_exp_(log_sum_exp) {
+      : problem_(problem), tiling_(problem, works_alone(), block_alone<E>(problem.length)), query_(query), key_(key),
+        value_(value), output_(output), u_(u), log_sum_exp_(log_sum_exp) {
     auto& scratch = ForwardScratch<E>::of_this_thread();
     keys_ = scratch.keys.get(tiling_.chunks * tiling_.chunk * tiling_.depth);
     values_ = scratch.values.get(tiling_.padded_length * tiling_.width);
