@@ -2,6 +2,8 @@
 VENV ?= .venv
 PYTHON ?= python3
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# Most tests wait for processes to start, so several run at a time; those of a file share what it made, in one process.
+PYTEST = python -m pytest --numprocesses logical --maxprocesses 8 --dist loadscope
 
 .PHONY: help install quickstart quickstart-vision test test-fast test-long test-cluster verify-kernels lint format bench tensorboard clean
 
@@ -35,13 +37,13 @@ quickstart-vision: install
 	@launch/show_result.sh runs/quickstart-vision quickstart
 
 test: install
-	python -m pytest -m "not long and not cluster"
+	$(PYTEST) -m "not long and not cluster"
 
 test-fast: install
-	python -m pytest -m "not slow and not long and not cluster"
+	$(PYTEST) -m "not slow and not long and not cluster"
 
 test-long: install
-	python -m pytest -m long
+	$(PYTEST) -m long
 
 test-cluster: install
 	python -m pytest -m cluster

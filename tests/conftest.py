@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -28,8 +29,11 @@ def prepare() -> Callable[..., Path]:
 
     def run(name: str, *arguments: str) -> Path:
         out = REPOSITORY / "data" / name
+        out.parent.mkdir(exist_ok=True)
         command = [sys.executable, "-m", "train.prepare", *arguments, "--out", str(out)]
-        subprocess.run(command, cwd=REPOSITORY, check=True, timeout=600)
+        with open(out.parent / ".lock", "w") as lock:  # the tests run in several processes
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            subprocess.run(command, cwd=REPOSITORY, check=True, timeout=600)
         return out
 
     return run

@@ -118,7 +118,13 @@ def build_engine(model: Any, config: AnyConfig, world_size: int, precision: str)
         ValueError: DeepSpeed can't do what is asked for.
     """
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
 
+    if precision == "fp16" and not get_accelerator().is_fp16_supported():
+        raise ValueError(
+            "train.precision is fp16, in which DeepSpeed does not train on this processor (a CPU needs AVX512-FP16): "
+            "take bf16 or fp32"
+        )
     if config.train.compile:
         if zero_stage(config) == 3:
             raise ValueError(

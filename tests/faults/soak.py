@@ -35,6 +35,7 @@ SETTINGS = [
     "checkpoint.every_steps=3",
     "evaluate.every_steps=0",
     "monitor.every_steps=1000",
+    "data.workers=1",
     "train.hang_seconds=5",
 ]
 LAUNCH = [

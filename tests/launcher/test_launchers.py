@@ -19,6 +19,7 @@ LANGUAGE = "configs/language/quickstart.yaml"
 VISION = "configs/vision/quickstart.yaml"
 SHORT = [
     "train.steps=8",
+    "data.workers=1",
     "checkpoint.every_steps=3",
     "evaluate.every_steps=0",
     "monitor.every_steps=1",

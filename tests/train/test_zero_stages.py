@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from train.config import load_config
 from train.distributed import Ranks
@@ -74,6 +75,10 @@ def _all_stages(ranks: Ranks, directory: Path) -> None:
 
     for precision, names in {"bf16": ["zero0", "zero2", "zero3"], "fp16": ["zero1", "zero3"]}.items():
         for name in names:
+            if precision == "fp16" and not get_accelerator().is_fp16_supported():
+                with pytest.raises(ValueError, match="train.precision is fp16, in which DeepSpeed does not train"):
+                    _train(ranks, directory, name, precision=precision)
+                continue
             half = _train(ranks, directory, name, CLIPPED, "train.micro_batch_size=2", precision=precision)
             assert half == pytest.approx(expected, rel=HALF), (precision, name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
@@ -21,6 +22,7 @@ from train.data.order import Int64Array
 from train.data.storage import file_sha256
 
 _SETTINGS = "prepare.json"
+_LOCK = ".lock"
 _SHARD_BYTES = 64 << 20
 _LEAST_SHARDS = 16  # of a data set that could do with fewer: their order is what is shuffled first
 
@@ -36,7 +38,7 @@ class Output:
         settings: all that decides its content; JSON. Work that was begun with the same settings is continued.
 
     Raises:
-        ValueError: there is something else at `out`.
+        ValueError: there is something else at `out`, or another process prepares it.
     """
 
     def __init__(self, out: Path, settings: dict[str, Any]):
@@ -48,15 +50,25 @@ class Output:
             return
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"--out {out} holds something else or other settings; remove it or name another folder")
-        if self.work.exists() and not self._has_settings(self.work):
-            print(f"{self.work} was begun with other settings: starting again")
-            shutil.rmtree(self.work)
         self.work.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.work / _LOCK, "w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it with the process
+        except OSError:
+            raise ValueError(f"--out {out} is being prepared by another process: wait for its end") from None
+        if (self.work / _SETTINGS).exists() and not self._has_settings(self.work):
+            print(f"{self.work} was begun with other settings: starting again")
+            for entry in self.work.iterdir():
+                if entry.is_dir():
+                    shutil.rmtree(entry)
+                elif entry.name != _LOCK:
+                    entry.unlink()
         (self.work / _SETTINGS).write_text(self._settings)
 
     def finish(self) -> None:
         """Makes the data set visible, complete, under its name."""
         os.rename(self.work, self._out)
+        (self._out / _LOCK).unlink()
 
     def _has_settings(self, folder: Path) -> bool:
         path = folder / _SETTINGS

@@ -167,6 +167,9 @@ def test_preparing_continues_after_a_kill(tmp_path, moment):
     while not (tmp_path / "out.partial" / moment).exists():
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.001)
+    process.send_signal(signal.SIGSTOP)
+    second = subprocess.run([*command, str(tmp_path / "out")], capture_output=True, text=True)
+    assert second.returncode == 2 and "out is being prepared by another process" in second.stderr
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "out").exists()
