@@ -15,7 +15,17 @@ pytestmark = pytest.mark.slow
 
 LANGUAGE = "configs/language/quickstart.yaml"
 VISION = "configs/vision/quickstart.yaml"
-SHORT = ["train.steps=4", "checkpoint.every_steps=2", "train.global_batch_size=4", "schedule.warmup_steps=1"]
+SHORT = [
+    "model.layers=1",
+    "model.width=32",
+    "model.heads=2",
+    "train.steps=4",
+    "checkpoint.every_steps=2",
+    "train.global_batch_size=4",
+    "schedule.warmup_steps=1",
+    "evaluate.prompts=[]",
+]
+LARGE = ["model.layers=6", "model.width=256"]  # 60 MB a checkpoint
 
 
 def _fails(job, *expected: str, code: int = 2) -> None:
@@ -92,9 +102,9 @@ def test_another_tokenizer(launch, wikipedia, tmp_path):
 
 
 def test_two_runs_in_one_directory(launch, wikipedia, tmp_path):
-    first = launch(LANGUAGE, tmp_path, *SHORT, "train.steps=400")
+    first = launch(LANGUAGE, tmp_path, *SHORT, "train.steps=40000")
     first.wait_for_step(1)
-    _fails(launch(LANGUAGE, tmp_path, *SHORT, "train.steps=400"), "is in use by process", "run.dir")
+    _fails(launch(LANGUAGE, tmp_path, *SHORT, "train.steps=40000"), "is in use by process", "run.dir")
     before = len(first.metrics())
     first.wait_for_step(before + 2)  # undisturbed
 
@@ -124,11 +134,11 @@ def test_a_disk_that_fills_up_while_saving(launch, wikipedia, mounted, tmp_path)
     run_dir = tmp_path / "small"
     run_dir.mkdir()
     with mounted(run_dir, "size=200M"):  # room for two checkpoints, not for three
-        job = launch(LANGUAGE, run_dir, *SHORT, "checkpoint.every_steps=1", "checkpoint.keep=9")
+        job = launch(LANGUAGE, run_dir, *SHORT, *LARGE, "checkpoint.every_steps=1", "checkpoint.keep=9")
         _fails(job, "could not be written", "No space left", "it continues after step", code=1)
         assert json.loads((run_dir / "status.json").read_text())["state"] == "failed"
         subprocess.run(["mount", "-o", "remount,size=1G", str(run_dir)], check=True)
-        again = launch(LANGUAGE, run_dir, *SHORT)
+        again = launch(LANGUAGE, run_dir, *SHORT, *LARGE)
         assert again.wait() == 0, again.output
         assert "continuing after step" in again.output and len(again.metrics()) == 4
 
@@ -136,10 +146,9 @@ def test_a_disk_that_fills_up_while_saving(launch, wikipedia, mounted, tmp_path)
 def test_a_run_goes_on_while_its_disk_is_full(launch, wikipedia, mounted, filled, tmp_path):
     run_dir = tmp_path / "small"
     run_dir.mkdir()
-    small = ["model.layers=1", "model.width=32", "model.heads=2", "model.mlp_width=32", "monitor.every_steps=1"]
     with mounted(run_dir, "size=20M"):
-        long = ["train.steps=10000", "checkpoint.every_steps=10000"]
-        job = launch(LANGUAGE, run_dir, *SHORT, *small, *long, launcher="python")
+        long = ["train.steps=10000", "checkpoint.every_steps=10000", "monitor.every_steps=1"]
+        job = launch(LANGUAGE, run_dir, *SHORT, *long, launcher="python")
         job.wait_for_step(2)
         with filled(run_dir):
             for name in ("metrics.jsonl", "log.txt", "events.out.tfevents"):

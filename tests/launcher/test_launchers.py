@@ -17,11 +17,16 @@ pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parents[2]
 LANGUAGE = "configs/language/quickstart.yaml"
 VISION = "configs/vision/quickstart.yaml"
+STEPS = 60  # of a few hundredths of a second, so that signals arrive before the last
 SHORT = [
-    "train.steps=8",
+    f"train.steps={STEPS}",
+    "model.layers=2",
+    "model.width=64",
+    "model.heads=2",
     "data.workers=1",
-    "checkpoint.every_steps=3",
+    "checkpoint.every_steps=20",
     "evaluate.every_steps=0",
+    "evaluate.prompts=[]",
     "monitor.every_steps=1",
     "schedule.warmup_steps=2",
 ]
@@ -29,7 +34,7 @@ SHORT = [
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, wikipedia, fashion_mnist):
-    """`metrics.jsonl` of eight steps without a stop, for each config; made once."""
+    """`metrics.jsonl` of a run without a stop, for each config; made once."""
     made: dict[str, list[dict]] = {}
 
     def run(config: str, launch) -> list[dict]:
@@ -45,13 +50,13 @@ def uninterrupted(tmp_path_factory, wikipedia, fashion_mnist):
 @pytest.mark.parametrize("config", [LANGUAGE, VISION], ids=["language", "vision"])
 def test_stop_at_step_continues_bit_equal(launch, uninterrupted, tmp_path, config):
     expected = uninterrupted(config, launch)
-    assert [line["step"] for line in expected] == list(range(1, 9))
-    assert len({line["batch_hash"] for line in expected}) == 8
+    assert [line["step"] for line in expected] == list(range(1, STEPS + 1))
+    assert len({line["batch_hash"] for line in expected}) == STEPS
 
-    first = launch(config, tmp_path, *SHORT, "train.stop_at_step=5")
+    first = launch(config, tmp_path, *SHORT, "train.stop_at_step=25")
     assert first.wait() == 0, first.output
-    assert first.metrics() == expected[:5]
-    assert "reached step 5 of 8" in first.output
+    assert first.metrics() == expected[:25]
+    assert f"reached step 25 of {STEPS}" in first.output
     again = launch(config, tmp_path, *SHORT)
     assert again.wait() == 0, again.output
     assert again.metrics() == expected
@@ -69,7 +74,7 @@ def test_a_signal_to_the_launch_script_saves_and_continues_bit_equal(launch, uni
     status = json.loads((tmp_path / "status.json").read_text())
     assert (status["state"], status["reason"]) == ("stopped", signal_name)
     done = len(job.metrics())
-    assert 2 <= done < 8 and job.metrics() == expected[:done]
+    assert 2 <= done < STEPS and job.metrics() == expected[:done]
     assert job.ranks() == []
     assert (tmp_path / "checkpoints" / "latest").read_text() == f"step_{done:08d}"
     if signal_name != "SIGTERM":
@@ -89,7 +94,7 @@ def test_ctrl_c_on_the_deepspeed_command(launch, uninterrupted, tmp_path):
     os.killpg(job.process.pid, signal.SIGINT)
     assert job.wait() != 0
     done = len(job.metrics())
-    assert 2 <= done < 8
+    assert 2 <= done < STEPS
     again = launch(LANGUAGE, tmp_path, *SHORT)
     assert again.wait() == 0, again.output
     assert f"continuing after step {done}" in again.output
@@ -99,16 +104,16 @@ def test_ctrl_c_on_the_deepspeed_command(launch, uninterrupted, tmp_path):
 def test_a_killed_rank_ends_the_job_and_costs_only_the_steps_since_the_checkpoint(launch, uninterrupted, tmp_path):
     expected = uninterrupted(LANGUAGE, launch)
     job = launch(LANGUAGE, tmp_path, *SHORT)
-    job.wait_for_step(4)
+    job.wait_for_step(25)
     os.kill(max(job.ranks()), signal.SIGKILL)
     assert job.wait(timeout=60) != 0
     assert job.ranks() == []
     again = launch(LANGUAGE, tmp_path, *SHORT)
     assert again.wait() == 0, again.output
-    assert "continuing after step" in again.output
+    assert "continuing after step 20" in again.output or "continuing after step 40" in again.output
     assert again.metrics() == expected
     events = EventAccumulator(str(tmp_path)).Reload()
-    assert [event.step for event in events.Scalars("loss/train")] == list(range(1, 9))  # none twice
+    assert [event.step for event in events.Scalars("loss/train")] == list(range(1, STEPS + 1))  # none twice
 
 
 @pytest.mark.long
@@ -120,9 +125,7 @@ def test_a_run_continues_on_any_number_of_ranks_and_at_any_stage(launch, uninter
         job = launch(LANGUAGE, tmp_path, *SHORT, *settings, launcher="torchrun", ranks=ranks)
         assert job.wait() == 0, job.output
         assert f"ZeRO-{stage}" in job.output and (steps == 2 or f"and are now {ranks}" in job.output)
-    assert [line["batch_hash"] for line in job.metrics()] == [line["batch_hash"] for line in expected]
-    for line, other in zip(job.metrics(), expected, strict=True):  # bf16 sums in another order
-        assert line["loss"] == pytest.approx(other["loss"], rel=2e-3)
+    _assert_close(job.metrics(), expected[:8])
 
 
 def test_torchrun_trains_the_same_run(launch, uninterrupted, tmp_path):
@@ -136,15 +139,20 @@ def test_one_process_without_a_launcher_sees_the_same_global_batches(launch, uni
     expected = uninterrupted(LANGUAGE, launch)
     job = launch(LANGUAGE, tmp_path, *SHORT, launcher="python")
     assert job.wait() == 0, job.output
-    assert [line["batch_hash"] for line in job.metrics()] == [line["batch_hash"] for line in expected]
-    for line, other in zip(job.metrics(), expected, strict=True):  # bf16 sums in another order
-        assert line["loss"] == pytest.approx(other["loss"], rel=2e-3)
+    _assert_close(job.metrics(), expected)
 
     finished = launch(LANGUAGE, tmp_path, *SHORT, launcher="python")
     assert finished.wait() == 0
     assert "is trained already" in finished.output and finished.metrics() == job.metrics()
     _use_the_result(tmp_path)
     _start_from_its_weights(launch, tmp_path)
+
+
+def _assert_close(lines: list[dict], expected: list[dict]) -> None:
+    """The same batches; losses that agree for a while, as sums, perhaps of bf16, are taken in another order."""
+    assert [line["batch_hash"] for line in lines] == [line["batch_hash"] for line in expected]
+    for line, other in zip(lines[:8], expected[:8], strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=2e-3)
 
 
 def _use_the_result(run_dir: Path) -> None:
