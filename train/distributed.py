@@ -6,6 +6,7 @@ of its own on the CPU, so that it never waits for, or orders itself among, the k
 
 from __future__ import annotations
 
+import ctypes
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -95,6 +96,8 @@ def start() -> Ranks:
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
+    else:
+        _keep_freed_memory()
 
     import deepspeed
 
@@ -137,6 +140,18 @@ def _fill_in_rank_variables() -> None:
             raise ValueError("under srun, export MASTER_ADDR and MASTER_PORT before it, as launch/slurm.sbatch does")
         return
     env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+
+
+def _keep_freed_memory() -> None:
+    """Makes glibc keep what a step frees. It would give it back to the system, and the next step get it page by page.
+
+    Other C libraries do not know the function.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+        mallopt(m_trim_threshold, 2**31 - 1)
+        mallopt(m_mmap_threshold, 2**25)  # the largest it takes
 
 
 def disable_shared_memory_extension() -> None:

@@ -133,14 +133,26 @@ def build_engine(model: Any, config: AnyConfig, world_size: int, precision: str)
             )
         for block in model.blocks:  # one block's code serves all, which the whole model's would not
             block.compile()
+    settings = deepspeed_config(config, world_size, precision)
+    _fit_bucket(
+        settings.get("zero_optimization", {}), sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    )
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=parameter_groups(model, config.optimizer.weight_decay),
-        config=deepspeed_config(config, world_size, precision),
+        config=settings,
         dist_init_required=False,
     )
     zero.undo_first_step(engine)
     return engine
+
+
+def _fit_bucket(zero: dict[str, Any], parameters: int) -> None:
+    """No larger than the model: DeepSpeed allocates all of it, at stages 1 and 2 in every backward pass, which a small model
+    on a CPU feels in page faults, and on a GPU takes memory that nothing uses."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    zero["reduce_bucket_size"] = min(DeepSpeedZeroConfig(**zero).reduce_bucket_size, parameters)
 
 
 def set_learning_rate(engine: Any, lr: float) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import resource
 import socket
 from pathlib import Path
 
@@ -28,6 +30,22 @@ def _collectives(ranks: Ranks) -> None:
 
 def test_collectives_and_an_error_that_all_ranks_raise(run_distributed):
     run_distributed(_collectives, 2)
+
+
+def _reuses_memory(ranks: Ranks) -> None:
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        tensors = [torch.ones(2**20) for _ in range(32)]  # 128 MiB in all, freed together
+        del tensors
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    pages = 32 * 2**22 // resource.getpagesize()
+    assert min(faults() for _ in range(5)) < pages / 10
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
+def test_memory_that_was_freed_is_not_asked_for_again(run_distributed):
+    run_distributed(_reuses_memory, 1)
 
 
 def _disagree(ranks: Ranks, run_dir: str) -> None:

@@ -85,7 +85,7 @@ def state_memory(
         )
     casts = item == 2
     optimizer = (FLOAT32 + MOMENTS) * share
-    bucket = item * zero.reduce_bucket_size if zero.contiguous_gradients else 0
+    bucket = item * min(zero.reduce_bucket_size, parameters) if zero.contiguous_gradients else 0
     if zero.stage < 3:
         memory = StateMemory(
             weights=item * whole,
