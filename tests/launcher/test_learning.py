@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
-
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -21,6 +19,7 @@ def _report(run_dir: Path) -> dict[str, float]:
     return {line[:42].strip(): float(line[42:].split()[0]) for line in table}
 
 
+@pytest.mark.slow
 def test_a_language_model_beats_the_bigram_model(launch, prepare, tmp_path):
     """A small vocabulary, so that a minute is enough to learn more than which token follows which."""
     data = prepare("wikipedia-512", "text", "--source=wikipedia-summaries", "--vocab-size=512", "--row-length=128")
@@ -45,6 +44,7 @@ def test_a_language_model_beats_the_bigram_model(launch, prepare, tmp_path):
     assert losses["this model"] < losses["bigram model (interpolated Kneser-Ney)"] < losses["unigram model"]
 
 
+@pytest.mark.long
 def test_a_vision_transformer_learns_to_tell_clothes_apart(launch, fashion_mnist, tmp_path):
     """A seventh of the quick start's steps: 75 % of the test images, where guessing gives 10 %."""
     job = launch(
