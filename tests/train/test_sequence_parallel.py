@@ -26,7 +26,7 @@ PACKED = [0, 20, 50, 64, 100, 128]  # two rows of 64; documents end inside slice
 # Attention itself changes no bit. Linear layers of fewer rows, and sums over ranks, take their terms in another order.
 FLOAT32 = 1e-6
 HALF = 1e-3  # gradients keep 8 or 11 bits, and AdamW's steps for small ones may turn round
-HALVES = {"bf16": ("zero0", "zero2", "zero3"), "fp16": ("zero1", "zero3")}  # and the stages tried in each
+HALVES = {"bf16": ("zero0", "zero3"), "fp16": ("zero1",)}  # and the stages tried in each
 if not get_accelerator().is_fp16_supported():
     del HALVES["fp16"]
 
@@ -102,7 +102,7 @@ def _run(ranks: Ranks, data: Path, run_dir: Path, stage: str, size: int, *overri
     settings = [f"data.train={data}/train", f"data.validation={data}/validation", "data.workers=0", "data.lanes=12"]
     settings += ["model.vocab_size=300", "model.sequence_length=16", "model.layers=2", "model.width=32"]
     settings += ["model.mlp_width=48", "model.kv_heads=2", "schedule.warmup_steps=1"]
-    settings += ["train.steps=6", "train.global_batch_size=12", "train.micro_batch_size=3", "evaluate.every_steps=3"]
+    settings += ["train.steps=6", "train.global_batch_size=12", "train.micro_batch_size=3", "evaluate.every_steps=0"]
     settings += [f"run.dir={run_dir}", f"deepspeed.config=configs/deepspeed/{stage}.json", "train.precision=fp32"]
     settings += ["evaluate.prompts=[]"]
     settings += [f"train.sequence_parallel_size={size}"]
@@ -115,7 +115,7 @@ def _lines(file: Path) -> list[dict[str, Any]]:
 
 def _assert_same_run(run_dir: Path, expected_dir: Path, tolerance: float = FLOAT32) -> None:
     """The same samples in each step, and losses, in training and validation, that agree to `tolerance`."""
-    for name, count in {"metrics.jsonl": 6, "validation.jsonl": 2}.items():
+    for name, count in {"metrics.jsonl": 6, "validation.jsonl": 1}.items():
         lines, expected = _lines(run_dir / name), _lines(expected_dir / name)
         assert len(lines) == len(expected) == count
         for line, other in zip(lines, expected, strict=True):
@@ -152,7 +152,7 @@ def _begin(ranks: Ranks, data: Path, runs: Path) -> None:
 
 
 def _four(ranks: Ranks, data: Path, runs: Path) -> None:
-    stages = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+    stages = ("zero0", "zero1", "zero2", "zero3_offload")
     for stage in stages:
         _run(ranks, data, runs / stage, stage, 2)
     if ranks.is_main:
