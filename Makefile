@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Most tests wait for processes to start, so several run at a time; those of a file share what it made, in one process.
-PYTEST = python -m pytest --numprocesses logical --maxprocesses 8 --dist loadscope
+PYTEST = python -m pytest --numprocesses logical --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 
 .PHONY: help install quickstart quickstart-vision test test-fast test-long test-cluster verify-kernels lint format bench tensorboard clean
 
