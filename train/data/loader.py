@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from train.data.storage import check_address, fetch, file_sha256, is_remote, joi
 from train.data.text import TextBatches
 
 _PREFETCH = 4  # micro-batches a worker makes ahead
+_PARENT_SECONDS = 5  # between a worker's looks for its parent
 
 
 class MicroBatches(IterableDataset):
@@ -54,19 +56,20 @@ class MicroBatches(IterableDataset):
             j += stride
 
 
-def _end_only_for_parent(worker: int) -> None:
-    """Lets no signal but the main process's own SIGTERM end a worker.
+def _end_only_for_parent(parent: int, worker_id: int) -> None:
+    """Runs in a loader's worker: of the signals that ask a process to end, it obeys those of the main process, `parent`.
 
     A launcher, scheduler or Ctrl-C signals every process of a job, but the main process needs its workers until it has
-    saved. It ends them itself; should it be killed, torch's watchdog in the worker notices.
+    saved. It ends them itself. Should it be killed, that is noticed here: torch's own watchdog asks a worker that has
+    just started who its parent is, which is too late if that has died meanwhile.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    parent = os.getppid()
 
     def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-            pass
+        received = None
+        while os.getppid() == parent and (received is None or received.si_pid != parent):
+            received = signal.sigtimedwait({signal.SIGTERM}, _PARENT_SECONDS)
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
@@ -80,7 +83,7 @@ def _loader(batches: MicroBatches, workers: int) -> DataLoader:
         prefetch_factor=_PREFETCH if workers else None,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_end_only_for_parent,
+        worker_init_fn=partial(_end_only_for_parent, os.getpid()),
         multiprocessing_context="fork" if workers else None,  # workers take over the opened data sets as they are
     )
 

@@ -168,6 +168,8 @@ from train.data.loader import build_data
 
 config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(VisionConfig), OmegaConf.load(sys.argv[1])))
 data = build_data(config, 0, 1)
+"""
+BEGIN = """
 batches = data.train_batches(0)
 next(batches)
 next(data.validation_batches())
@@ -175,13 +177,13 @@ print(*[child.pid for child in multiprocessing.active_children()], flush=True)
 """
 
 
-def start_trainer(config, tmp_path: Path, end: str) -> tuple[subprocess.Popen, list[int]]:
+def start_trainer(config, tmp_path: Path, end: str, begin: str = BEGIN) -> tuple[subprocess.Popen, list[int]]:
     config.run.dir, config.optimizer.lr, config.train.steps, config.checkpoint.every_steps = "x", 1.0, 1, 1
     for key in ("patch_size", "layers", "width", "heads"):
         setattr(config.model, key, 1)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     trainer = subprocess.Popen(
-        [sys.executable, "-c", TRAINER + end, str(tmp_path / "config.yaml")],
+        [sys.executable, "-c", TRAINER + begin + end, str(tmp_path / "config.yaml")],
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -212,6 +214,24 @@ def test_workers_end_with_a_killed_trainer(vision_config, tmp_path):
     trainer, workers = start_trainer(vision_config, tmp_path, "time.sleep(600)")
     trainer.kill()
     trainer.wait()
+    assert wait_until_gone(workers) == []
+
+
+# Workers that have not come to their loop yet when the trainer is gone.
+LATE = """
+from torch.utils.data._utils import worker
+loop = worker._worker_loop
+worker._worker_loop = lambda *arguments: (time.sleep(1), loop(*arguments))
+batches = iter(data._train_loader(0))
+print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_with_a_trainer_that_is_killed_before_they_begin(vision_config, tmp_path):
+    vision_config.data.workers = 4
+    trainer, workers = start_trainer(vision_config, tmp_path, LATE, begin="")
+    assert trainer.wait() == -signal.SIGKILL
     assert wait_until_gone(workers) == []
 
 
