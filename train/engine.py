@@ -134,9 +134,7 @@ def build_engine(model: Any, config: AnyConfig, world_size: int, precision: str)
         for block in model.blocks:  # one block's code serves all, which the whole model's would not
             block.compile()
     settings = deepspeed_config(config, world_size, precision)
-    _fit_bucket(
-        settings.get("zero_optimization", {}), sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-    )
+    _fit_bucket(settings.get("zero_optimization", {}), parameter_count(model))
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=parameter_groups(model, config.optimizer.weight_decay),
@@ -211,6 +209,11 @@ def full_state_dict(engine: Any, is_main: bool) -> dict[str, torch.Tensor]:
 def _deepspeed_file(config: AnyConfig) -> dict[str, Any]:
     settings: dict[str, Any] = json.loads(Path(config.deepspeed.config).read_text())
     return settings
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Of the whole model, partitioned or not."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
 
 
 def _dimensions(parameter: nn.Parameter) -> int:

@@ -17,7 +17,7 @@ from train.config import AnyConfig, to_yaml
 from train.data.loader import build_data
 from train.data.order import check_world_size
 from train.distributed import Ranks
-from train.engine import build_engine, build_model, is_partitioned, writable, zero_settings
+from train.engine import build_engine, build_model, is_partitioned, parameter_count, writable, zero_settings
 from train.loop import Outcome, Trainer, TrainingError
 from train.monitor import Monitor, show
 from train.precision import resolve_precision
@@ -175,7 +175,7 @@ def _announce(
     changes: list[str],
     seconds: float,
 ) -> None:
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+    parameters = parameter_count(engine.module)
     place = (
         f"{ranks.world_size} x {torch.cuda.get_device_name()}"
         if torch.cuda.is_available()

@@ -154,6 +154,15 @@ def _raising(loader: DataLoader) -> Iterator[Batch]:
         yield batch
 
 
+def _started(loader: DataLoader) -> Iterator[Batch | BadSampleError]:
+    """`iter(loader)`, whose workers inherit blocked signals: none can end them before `_end_only_for_parent` decides."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def build_data(config: AnyConfig, rank: int, world_size: int) -> Data:
     """Opens the data sets of `config` for one rank, after checking that they fit the model and the number of ranks.
 
@@ -251,12 +260,3 @@ def _batch_maker(config: AnyConfig, address: str, manifest: TextManifest | Image
             raise ValueError(f"data.augmentation=rand_augment needs model.channels 3, not {config.model.channels}")
         augment = rand_augment(size, mean, std, config.data.random_erasing)
     return ImageBatches(reader, manifest.classes, size, augment, mean, std, config.train.seed, skip_bad)
-
-
-def _started(loader: DataLoader) -> Iterator[Batch | BadSampleError]:
-    """`iter(loader)`, whose workers inherit blocked signals: none can end them before `_end_only_for_parent` decides."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-    try:
-        return iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

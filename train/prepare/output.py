@@ -56,14 +56,15 @@ class Output:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it with the process
         except OSError:
             raise ValueError(f"--out {out} is being prepared by another process: wait for its end") from None
-        if (self.work / _SETTINGS).exists() and not self._has_settings(self.work):
-            print(f"{self.work} was begun with other settings: starting again")
-            for entry in self.work.iterdir():
-                if entry.is_dir():
-                    shutil.rmtree(entry)
-                elif entry.name != _LOCK:
-                    entry.unlink()
+        if not self._has_settings(self.work):
+            self._discard([entry for entry in self.work.iterdir() if entry.name != _LOCK])
         (self.work / _SETTINGS).write_text(self._settings)
+
+    def _discard(self, entries: list[Path]) -> None:
+        if entries:
+            print(f"{self.work} was begun with other settings: starting again")
+        for entry in entries:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def finish(self) -> None:
         """Makes the data set visible, complete, under its name."""

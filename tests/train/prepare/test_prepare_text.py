@@ -182,11 +182,16 @@ def test_preparing_continues_after_a_kill(tmp_path, moment):
         assert (tmp_path / "out" / path.relative_to(tmp_path / "out.partial")).stat().st_mtime_ns == time_made
 
 
-def test_unfinished_work_with_other_settings_is_discarded(tmp_path, capsys):
+@pytest.mark.parametrize("settings", ["other", "lost"])
+def test_unfinished_work_with_other_settings_is_discarded(tmp_path, capsys, settings):
     write_lines(tmp_path / "input.txt", 300)
     assert prepare(tmp_path, "--row-length", "100000") == 2
     assert (tmp_path / "out.partial").exists()
+    if settings == "lost":  # by a kill while the work was discarded
+        (tmp_path / "out.partial" / "prepare.json").unlink()
+    (tmp_path / "out.partial" / "leftover").mkdir()
     assert prepare(tmp_path) == 0
+    assert not (tmp_path / "out" / "leftover").exists() and not (tmp_path / "out" / ".lock").exists()
     assert "was begun with other settings: starting again" in capsys.readouterr().out
 
 
