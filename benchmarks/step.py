@@ -50,11 +50,12 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
     parser.add_argument("--rounds", type=int, default=40, help="of one step with each candidate (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+    parser.add_argument("--profile", action="store_true", help="instead, where the time goes in steps with twicing")
     options = parser.parse_intermixed_args()
     config = load_config(options.config, options.overrides)
     ranks = distributed.start()
     try:
-        _run(config, options, ranks)
+        (_profile if options.profile else _run)(config, options, ranks)
     finally:
         distributed.stop()
     return 0
@@ -79,6 +80,25 @@ def _run(config: AnyConfig, options: argparse.Namespace, ranks: Ranks) -> None:
         if options.json:
             written = {c.name: [dict(zip(PARTS, step, strict=True)) for step in c.seconds] for c in candidates}
             options.json.write_text(json.dumps(written, indent=2) + "\n")
+
+
+def _profile(config: AnyConfig, options: argparse.Namespace, ranks: Ranks) -> None:
+    """Of `--rounds` steps of rank 0: the operations that take the most time of their own, as torch's profiler has them."""
+    data = build_data(config, ranks.rank, ranks.world_size)
+    task = build_task(config, data.tokenizer_path, ranks.device, sequence_parallel.start(config))
+    candidate = _candidate("twicing: auto", config, ranks, twicing_layers="all", attention_backend="auto")
+    batches = data.train_batches(first_n=0)
+
+    def step() -> None:
+        batch = {key: value.to(ranks.device) for key, value in next(batches).items()}
+        timed_step(candidate, task, batch)
+
+    step()  # what only a first step does
+    with torch.profiler.profile() as profile:
+        for _ in range(options.rounds):
+            step()
+    if ranks.is_main:
+        print(profile.key_averages().table(sort_by=f"self_{ranks.device.type}_time_total", row_limit=25))
 
 
 def _candidates(config: AnyConfig, ranks: Ranks) -> list[Candidate]:

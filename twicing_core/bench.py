@@ -133,6 +133,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="default: bfloat16 where the device multiplies it as it is, else float32",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument(
+        "--candidates", nargs="+", metavar="NAME", help=f"of {', '.join(CUDA_CANDIDATES)}; default: all"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=11, help="of each candidate (default: %(default)s)")
     parser.add_argument(
@@ -155,6 +158,10 @@ def run(arguments: argparse.Namespace) -> int:
     shapes = SHAPES if arguments.device == "cpu" else CUDA_SHAPES
     if unknown := set(arguments.shapes or ()) - set(shapes):
         sys.exit(f"--shapes {' '.join(unknown)}: on {arguments.device} there are {', '.join(shapes)}")
+    candidates = CANDIDATES if arguments.device == "cpu" else CUDA_CANDIDATES
+    if unknown := set(arguments.candidates or ()) - set(candidates):
+        sys.exit(f"--candidates {' '.join(unknown)}: on {arguments.device} there are {', '.join(candidates)}")
+    candidates = {name: candidates[name] for name in arguments.candidates or candidates}
     torch.set_num_threads(arguments.threads)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else multiplied_in(torch.bfloat16, arguments.device)
     multiplied = multiplied_in(dtype, arguments.device)
@@ -169,7 +176,8 @@ def run(arguments: argparse.Namespace) -> int:
     for name in arguments.shapes or shapes:
         shape = shapes[name]
         for backward in (False, True):
-            timings = measure(shape, dtype, arguments.device, backward, arguments.rounds, not arguments.no_memory)
+            memory = not arguments.no_memory
+            timings = measure(shape, candidates, dtype, arguments.device, backward, arguments.rounds, memory)
             print_table(shape, backward, timings, peak)
             results += [
                 {"shape": name, **shape._asdict(), "backward": backward, "candidate": candidate, **timing._asdict()}
@@ -185,12 +193,18 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def measure(
-    shape: Shape, dtype: torch.dtype, device: str, backward: bool, rounds: int, memory: bool
+    shape: Shape,
+    candidates: dict[str, Attention],
+    dtype: torch.dtype,
+    device: str,
+    backward: bool,
+    rounds: int,
+    memory: bool,
 ) -> dict[str, Timing]:
-    """Times all candidates that can do the shape, in interleaved rounds; says which cannot."""
+    """Times the candidates that can do the shape, in interleaved rounds; says which cannot."""
     steps = {
         name: _step(attention, shape, dtype, device, backward)
-        for name, attention in (CANDIDATES if device == "cpu" else CUDA_CANDIDATES).items()
+        for name, attention in candidates.items()
         if shape.seq <= LONGEST_MATERIALISED or name not in MATERIALISED
     }
     for name, step in list(steps.items()):
@@ -299,20 +313,20 @@ def gemm_peak(dtype: torch.dtype, device: str) -> float:
 
 
 def print_table(shape: Shape, backward: bool, timings: dict[str, Timing], peak: float) -> None:
-    """One line a candidate: its time over that of "fused" (or else the first), then milliseconds, spread, memory, speed."""
+    """One line a candidate: its time over that of the first, then milliseconds, spread, memory, speed."""
     print(f"{shape}, {'forward + backward' if backward else 'forward'}")
-    flops, fused = minimal_flops(shape, backward), next(iter(timings.values())).median
+    flops, first = minimal_flops(shape, backward), next(iter(timings.values())).median
     for name, timing in timings.items():
         memory = "" if timing.peak_bytes is None else f"{timing.peak_bytes / 2**20:8.1f} MiB"
         rate = flops / timing.median
         share = "" if name.startswith("one ") else f"{rate / 1e12:7.2f} TFLOP/s, {rate / peak:6.1%} of peak"
         milliseconds = f"{timing.median * 1e3:9.2f} ms ±{timing.spread:4.0%}"
-        print(f"  {timing.median / fused:6.2f}x  {name:10s}{milliseconds}  {memory}  {share}")
+        print(f"  {timing.median / first:6.2f}x  {name:10s}{milliseconds}  {memory}  {share}")
     print(flush=True)
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Bars of time relative to "fused", one panel for forward and one for forward + backward."""
+    """Bars of time relative to the first candidate, one panel for forward and one for forward + backward."""
     try:
         import matplotlib
     except ImportError:
@@ -322,18 +336,18 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 
     figure, panels = pyplot.subplots(2, 1, figsize=(10, 7), sharex=True)
     shapes = list(dict.fromkeys(result["shape"] for result in results))
-    names = [name for name in CANDIDATES if name != "fused"]
+    first, *names = dict.fromkeys(result["candidate"] for result in results)
     for panel, backward in zip(panels, (False, True), strict=True):
         median = {(r["shape"], r["candidate"]): r["median"] for r in results if r["backward"] == backward}
         for index, name in enumerate(names):
-            there = [i for i, shape in enumerate(shapes) if (shape, name) in median]
-            ratios = [median[shapes[i], name] / median[shapes[i], "fused"] for i in there]
+            there = [i for i, shape in enumerate(shapes) if {(shape, name), (shape, first)} <= median.keys()]
+            ratios = [median[shapes[i], name] / median[shapes[i], first] for i in there]
             panel.bar([i + (index - len(names) / 2 + 0.5) * 0.16 for i in there], ratios, width=0.16, label=name)
         panel.axhline(1.0, color="black", linewidth=0.8)
         panel.set_title("forward + backward" if backward else "forward")
-        panel.set_ylabel("time / time of fused")
+        panel.set_ylabel(f"time / time of {first}")
         panel.set_xticks(range(len(shapes)), shapes)
-    panels[0].legend(ncols=len(names), fontsize="small")
+    panels[0].legend(ncols=len(names) or 1, fontsize="small")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

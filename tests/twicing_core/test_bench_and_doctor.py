@@ -109,17 +109,25 @@ def test_plot_needs_matplotlib_only_when_asked(tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 1000
 
 
-def test_an_unknown_shape_is_named(parse):
+def test_bench_compares_what_it_is_told_to(small, capsys, parse):
+    bench.run(parse(bench, "--candidates", "one SDPA", "composed", "--rounds", "1", "--no-memory"))
+    output = capsys.readouterr().out
+    assert output.count("one SDPA") == output.count("composed") == 2 and "fused" not in output
+
+
+def test_an_unknown_name_is_told(parse):
     with pytest.raises(SystemExit, match="--shapes gpt2: on cpu there are vit-tiny, "):
         bench.run(parse(bench, "--shapes", "gpt2"))
+    with pytest.raises(SystemExit, match="--candidates 2 flash: on cpu there are fused, "):
+        bench.run(parse(bench, "--candidates", "2 flash"))
 
 
 def test_what_cannot_is_left_out(monkeypatch, capsys):
     def cannot(*args, **options):
         raise RuntimeError("No available kernel. Aborting execution.\nmore")
 
-    monkeypatch.setattr(bench, "CANDIDATES", {"no": cannot, "one SDPA": bench.plain_attention})
-    timings = bench.measure(bench.Shape(1, 1, 8, 8, True), torch.float32, "cpu", False, 1, False)
+    candidates = {"no": cannot, "one SDPA": bench.plain_attention}
+    timings = bench.measure(bench.Shape(1, 1, 8, 8, True), candidates, torch.float32, "cpu", False, 1, False)
     assert (
         list(timings) == ["one SDPA"]
         and "no cannot: No available kernel. Aborting execution.\n" in capsys.readouterr().out
