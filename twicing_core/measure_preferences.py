@@ -13,8 +13,9 @@ import torch
 
 from twicing_core import operator as _operator  # noqa: F401  (defines torch.ops.twicing)
 from twicing_core import preferences
-from twicing_core.bench import Shape, seconds
+from twicing_core.bench import seconds
 from twicing_core.build_cuda import unavailable
+from twicing_core.candidates import Shape
 from twicing_core.composed import attend
 from twicing_core.preferences import COMPOSED, Preference
 

@@ -126,7 +126,7 @@ def test_what_cannot_is_left_out(monkeypatch, capsys):
     def cannot(*args, **options):
         raise RuntimeError("No available kernel. Aborting execution.\nmore")
 
-    candidates = {"no": cannot, "one SDPA": bench.plain_attention}
+    candidates = {"no": cannot, "one SDPA": bench.CANDIDATES["one SDPA"]}
     timings = bench.measure(bench.Shape(1, 1, 8, 8, True), candidates, torch.float32, "cpu", False, 1, False)
     assert (
         list(timings) == ["one SDPA"]
