@@ -47,7 +47,9 @@ def uninterrupted(tmp_path_factory, wikipedia, fashion_mnist):
     return run
 
 
-@pytest.mark.parametrize("config", [LANGUAGE, VISION], ids=["language", "vision"])
+@pytest.mark.parametrize(
+    "config", [pytest.param(LANGUAGE, id="language"), pytest.param(VISION, id="vision", marks=pytest.mark.long)]
+)
 def test_stop_at_step_continues_bit_equal(launch, uninterrupted, tmp_path, config):
     expected = uninterrupted(config, launch)
     assert [line["step"] for line in expected] == list(range(1, STEPS + 1))

@@ -128,10 +128,10 @@ def _alone(ranks: Ranks, data: Path, runs: Path) -> None:
 
 
 def _two_to_a_row(ranks: Ranks, data: Path, runs: Path) -> None:
-    for stage, prompts in {"zero1": "[]", "zero2": "[]", "zero3": "[twicing]"}.items():
+    for stage, prompts in {"zero2": "[]", "zero3": "[twicing]"}.items():
         _run(ranks, data, runs / stage, stage, 2, "train.activation_checkpointing=1", f"evaluate.prompts={prompts}")
     if ranks.is_main:
-        for stage in ("zero1", "zero2", "zero3"):
+        for stage in ("zero2", "zero3"):
             _assert_same_run(runs / stage, runs / "alone")
 
 
