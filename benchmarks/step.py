@@ -49,8 +49,9 @@ def main() -> int:
     parser.add_argument("config", help="recipe, such as configs/language/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
     parser.add_argument("--rounds", type=int, default=40, help="of one step with each candidate (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
-    parser.add_argument("--profile", action="store_true", help="instead, where the time goes in steps with twicing")
+    result = parser.add_mutually_exclusive_group()
+    result.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+    result.add_argument("--profile", action="store_true", help="instead, where the time goes in steps with twicing")
     options = parser.parse_intermixed_args()
     config = load_config(options.config, options.overrides)
     ranks = distributed.start()
@@ -62,12 +63,10 @@ def main() -> int:
 
 
 def _run(config: AnyConfig, options: argparse.Namespace, ranks: Ranks) -> None:
-    data = build_data(config, ranks.rank, ranks.world_size)
-    task = build_task(config, data.tokenizer_path, ranks.device, sequence_parallel.start(config))
+    task, batches = _task_and_batches(config, ranks)
     candidates = _candidates(config, ranks)
-    batches = data.train_batches(first_n=0)
     for measured in [False] * 3 + [True] * options.rounds:
-        batch = {key: value.to(ranks.device) for key, value in next(batches).items()}
+        batch = next(batches)
         for candidate in candidates:
             seconds = timed_step(candidate, task, batch)
             if measured:
@@ -84,21 +83,21 @@ def _run(config: AnyConfig, options: argparse.Namespace, ranks: Ranks) -> None:
 
 def _profile(config: AnyConfig, options: argparse.Namespace, ranks: Ranks) -> None:
     """Of `--rounds` steps of rank 0: the operations that take the most time of their own, as torch's profiler has them."""
-    data = build_data(config, ranks.rank, ranks.world_size)
-    task = build_task(config, data.tokenizer_path, ranks.device, sequence_parallel.start(config))
+    task, batches = _task_and_batches(config, ranks)
     candidate = _candidate("twicing: auto", config, ranks, twicing_layers="all", attention_backend="auto")
-    batches = data.train_batches(first_n=0)
-
-    def step() -> None:
-        batch = {key: value.to(ranks.device) for key, value in next(batches).items()}
-        timed_step(candidate, task, batch)
-
-    step()  # what only a first step does
+    timed_step(candidate, task, next(batches))  # what only a first step does
     with torch.profiler.profile() as profile:
         for _ in range(options.rounds):
-            step()
+            timed_step(candidate, task, next(batches))
     if ranks.is_main:
         print(profile.key_averages().table(sort_by=f"self_{ranks.device.type}_time_total", row_limit=25))
+
+
+def _task_and_batches(config: AnyConfig, ranks: Ranks) -> tuple[Task, Iterator[Batch]]:
+    data = build_data(config, ranks.rank, ranks.world_size)
+    task = build_task(config, data.tokenizer_path, ranks.device, sequence_parallel.start(config))
+    batches = data.train_batches(first_n=0)
+    return task, ({key: value.to(ranks.device) for key, value in batch.items()} for batch in batches)
 
 
 def _candidates(config: AnyConfig, ranks: Ranks) -> list[Candidate]:

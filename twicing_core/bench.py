@@ -257,12 +257,13 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     figure, panels = pyplot.subplots(2, 1, figsize=(10, 7), sharex=True)
     shapes = list(dict.fromkeys(result["shape"] for result in results))
     first, *names = dict.fromkeys(result["candidate"] for result in results)
+    width = 0.8 / (len(names) or 1)
     for panel, backward in zip(panels, (False, True), strict=True):
         median = {(r["shape"], r["candidate"]): r["median"] for r in results if r["backward"] == backward}
         for index, name in enumerate(names):
             there = [i for i, shape in enumerate(shapes) if {(shape, name), (shape, first)} <= median.keys()]
             ratios = [median[shapes[i], name] / median[shapes[i], first] for i in there]
-            panel.bar([i + (index - len(names) / 2 + 0.5) * 0.16 for i in there], ratios, width=0.16, label=name)
+            panel.bar([i + (index - len(names) / 2 + 0.5) * width for i in there], ratios, width=width, label=name)
         panel.axhline(1.0, color="black", linewidth=0.8)
         panel.set_title("forward + backward" if backward else "forward")
         panel.set_ylabel(f"time / time of {first}")
